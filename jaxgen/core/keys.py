@@ -1,0 +1,82 @@
+"""Randomness per example: example ``i`` of a batch draws from ``fold_in(key, i)``.
+
+A sample then does not change with the size of its batch or with the number of devices. An
+example without a batch uses its key as it is.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxgen.core.arrays import batch_event, real_dtype
+
+__all__ = ["check", "fold", "map_batch", "normal", "rademacher", "uniform"]
+
+
+def check(key: Any) -> jax.Array:
+    """Return ``key`` if it is one typed key.
+
+    Raises:
+      TypeError: it is a raw ``uint32`` key, or something else.
+      ValueError: it is an array of keys.
+    """
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise TypeError(
+            f"key is {type(key).__name__}"
+            f"{f' of dtype {key.dtype}' if hasattr(key, 'dtype') else ''}; expected a typed key "
+            "such as jax.random.key(0)"
+        )
+    if key.shape != ():
+        raise ValueError(f"key has shape {key.shape}; expected one key of shape ()")
+    return key
+
+
+def fold(key: jax.Array, n: int, offset: int = 0) -> jax.Array:
+    """Keys ``(n,)``: ``fold_in(key, offset + i)``."""
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(offset, offset + n))
+
+
+def map_batch(draw: Callable[[jax.Array], Any], key: jax.Array, batch: tuple[int, ...]) -> Any:
+    """``draw(key)`` for no batch, ``vmap(draw)`` over per-example keys for a batch ``(n,)``."""
+    return jax.vmap(draw)(fold(check(key), batch[0])) if batch else draw(check(key))
+
+
+def normal(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: DTypeLike = jnp.float32,
+    event_ndim: int | None = None,
+) -> jax.Array:
+    """Standard normal draws of ``shape``, per example (module docstring).
+
+    A complex dtype gives circular normals with ``E|z|^2 = 1``. Reduced precisions are drawn in
+    float32 and rounded, so the same key gives the same noise at every precision.
+    """
+    batch, event = batch_event(tuple(shape), event_ndim)
+    draw_dtype = jnp.promote_types(dtype, jnp.float32)
+    return map_batch(lambda k: jax.random.normal(k, event, draw_dtype), key, batch).astype(dtype)
+
+
+def rademacher(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: DTypeLike = jnp.float32,
+    event_ndim: int | None = None,
+) -> jax.Array:
+    """Independent signs of ``shape``, per example (module docstring)."""
+    batch, event = batch_event(tuple(shape), event_ndim)
+    return map_batch(lambda k: jax.random.rademacher(k, event, dtype), key, batch)
+
+
+def uniform(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    dtype: DTypeLike = jnp.float32,
+    event_ndim: int | None = None,
+) -> jax.Array:
+    """Uniform draws on [0, 1) of ``shape``, per example (module docstring)."""
+    batch, event = batch_event(tuple(shape), event_ndim)
+    return map_batch(lambda k: jax.random.uniform(k, event, real_dtype(dtype)), key, batch)
