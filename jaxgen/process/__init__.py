@@ -1,0 +1,30 @@
+"""How data becomes noise: linear processes, their named schedules and discrete chains."""
+
+from jaxgen.process.discretize import DiscreteKernel
+from jaxgen.process.linear import LinearSDE, Rates
+from jaxgen.process.schedules import (
+    PROCESSES,
+    cosine,
+    edm,
+    mean_reverting,
+    ouve,
+    rectified,
+    sub_vp,
+    ve,
+    vp,
+)
+
+__all__ = [
+    "PROCESSES",
+    "DiscreteKernel",
+    "LinearSDE",
+    "Rates",
+    "cosine",
+    "edm",
+    "mean_reverting",
+    "ouve",
+    "rectified",
+    "sub_vp",
+    "ve",
+    "vp",
+]
