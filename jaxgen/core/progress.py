@@ -8,9 +8,7 @@ __all__ = ["Meter", "meter"]
 
 
 def _format(metrics: dict[str, Any]) -> dict[str, str]:
-    return {
-        k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in metrics.items()
-    }
+    return {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in metrics.items()}
 
 
 class Meter:

@@ -53,7 +53,9 @@ def _check_order(low_name: str, low: Any, high_name: str, high: Any, *, floor: f
     if a is not None and not a >= floor:
         raise ValueError(f"{low_name} is {a}; expected at least {floor}")
     if a is not None and b is not None and not a < b:
-        raise ValueError(f"{low_name} is {a} and {high_name} {b}; expected {low_name} < {high_name}")
+        raise ValueError(
+            f"{low_name} is {a} and {high_name} {b}; expected {low_name} < {high_name}"
+        )
 
 
 def _check_positive(name: str, value: Any) -> None:
