@@ -1,0 +1,37 @@
+"""List the benchmarks, or run one: ``python -m benchmarks [NAME|all] [--quick] [--json FILE]``."""
+
+import argparse
+import importlib
+import sys
+
+NAMES = {
+    "importing": "seconds of `import jaxgen` over its dependencies, in fresh processes",
+    "train_step": "our training step against the bare Flax and optax loop, same network",
+    "sampling": "each fixed-grid solver against the lax.scan a user would write",
+    "likelihood": "64 exact likelihoods against scipy.integrate.solve_ivp on the host",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", nargs="?", choices=[*NAMES, "all"], help="which to run")
+    parser.add_argument("--quick", action="store_true", help="fewer cases; still 15 pairs")
+    parser.add_argument("--json", metavar="FILE", help="also write one JSON object a line")
+    args = parser.parse_args()
+    if args.name is None:
+        for name, about in NAMES.items():
+            print(f"{name:12s} {about}")
+        return 0
+    lines = []
+    for name in NAMES if args.name == "all" else [args.name]:
+        for result in importlib.import_module(f"benchmarks.{name}").run(quick=args.quick):
+            print(result.to_line(), flush=True)
+            lines.append(result.to_json())
+    if args.json:
+        with open(args.json, "w") as file:
+            file.write("".join(line + "\n" for line in lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
