@@ -18,7 +18,7 @@ come from automatic differentiation of the two functions.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -58,7 +58,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.floating)
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LinearSDE:
     """A process with marginals ``mu + alpha(t) (x0 - mu) + sigma(t) z`` (module docstring).
@@ -359,3 +358,28 @@ class LinearSDE:
         from jaxgen.process.discretize import discretize
 
         return discretize(self, n)
+
+
+_STATIC = tuple(f.name for f in dataclasses.fields(LinearSDE) if f.metadata.get("static"))
+_DATA = tuple(f.name for f in dataclasses.fields(LinearSDE) if f.name not in _STATIC)
+
+
+def _flatten(sde: LinearSDE) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    return tuple(getattr(sde, n) for n in _DATA), tuple(getattr(sde, n) for n in _STATIC)
+
+
+def _flatten_with_keys(sde: LinearSDE) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    data, static = _flatten(sde)
+    names = (jax.tree_util.GetAttrKey(n) for n in _DATA)
+    return tuple(zip(names, data, strict=True)), static
+
+
+def _unflatten(static: tuple[Any, ...], data: Iterable[Any]) -> LinearSDE:
+    """Rebuild without ``__post_init__``: leaves may be masks or placeholders, not numbers."""
+    sde = object.__new__(LinearSDE)
+    for name, value in zip(_DATA + _STATIC, (*data, *static), strict=True):
+        object.__setattr__(sde, name, value)
+    return sde
+
+
+jax.tree_util.register_pytree_with_keys(LinearSDE, _flatten_with_keys, _unflatten, _flatten)
