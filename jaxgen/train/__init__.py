@@ -1,0 +1,64 @@
+"""Training: a state, a step, a loop, checkpoints that prove themselves, and data parallelism.
+
+>>> from jaxgen import train                                              # doctest: +SKIP
+>>> state = train.TrainState.create(key, params, optimizer)               # doctest: +SKIP
+>>> step = train.make_train_step(loss_fn, optimizer)                      # doctest: +SKIP
+>>> state = train.fit(state, step, batches, 10_000, out="runs/first")     # doctest: +SKIP
+
+Nothing in the library imports this room but the command line.
+"""
+
+import importlib
+from typing import Any
+
+from jaxgen.train.checkpoint import Saver, restore, save
+from jaxgen.train.loop import Diverged, Interrupted, fit
+from jaxgen.train.manifest import (
+    CheckpointDamaged,
+    CheckpointError,
+    CheckpointExists,
+    CheckpointForeign,
+    CheckpointMismatch,
+    CheckpointMissing,
+    CheckpointTruncated,
+    latest_valid,
+    read_manifest,
+    saved_steps,
+)
+from jaxgen.train.mesh import batch_sharding, data_mesh, replicate, replicated, shard_batch
+from jaxgen.train.state import TrainState
+from jaxgen.train.step import Metrics, make_train_step
+
+__all__ = [
+    "CheckpointDamaged",
+    "CheckpointError",
+    "CheckpointExists",
+    "CheckpointForeign",
+    "CheckpointMismatch",
+    "CheckpointMissing",
+    "CheckpointTruncated",
+    "Diverged",
+    "Interrupted",
+    "Metrics",
+    "Saver",
+    "TrainState",
+    "batch_sharding",
+    "data_mesh",
+    "fit",
+    "latest_valid",
+    "make_train_step",
+    "read_manifest",
+    "replicate",
+    "replicated",
+    "restore",
+    "save",
+    "saved_steps",
+    "shard_batch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The data sets need extras that a user's own loop does without.
+    if name in ("data", "recipes"):
+        return importlib.import_module(f"jaxgen.train.{name}")
+    raise AttributeError(f"module 'jaxgen.train' has no attribute {name!r}")

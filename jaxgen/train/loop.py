@@ -1,0 +1,332 @@
+"""The loop around the training step: data in, figures and checkpoints out, and a clean way to stop.
+
+The device is never waited for within a step: the figures of one report are read while the next
+step runs, and the host stays only a few steps ahead so that batches do not pile up. A run's folder
+holds ``metrics.jsonl`` and ``checkpoints/``; a run that was killed at any moment and is started
+again with the same arguments ends in the same bits.
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxgen.core import progress as progress_meter
+from jaxgen.core.checks import positive_int
+from jaxgen.train import mesh as meshes
+from jaxgen.train.checkpoint import Saver, restore
+from jaxgen.train.manifest import CheckpointExists, CheckpointMismatch, plain, read_manifest
+from jaxgen.train.manifest import saved_steps as finished_steps
+from jaxgen.train.report import Report
+from jaxgen.train.state import TrainState
+from jaxgen.train.step import Metrics
+
+__all__ = ["Diverged", "Interrupted", "fit"]
+
+Batches = Callable[[int], Iterable[Any]] | Iterable[Any]
+_AHEAD = 4
+
+
+class Interrupted(RuntimeError):
+    """The run was stopped by a signal after its step was finished and saved.
+
+    Attributes:
+      state: the state at that moment.
+      signal: the signal's name, such as ``"SIGTERM"``.
+    """
+
+    def __init__(self, message: str, state: TrainState, name: str):
+        super().__init__(message)
+        self.state = state
+        self.signal = name
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row gave a NaN or infinity; their updates were skipped.
+
+    Attributes:
+      state: the state, its parameters those of the last good step.
+    """
+
+    def __init__(self, message: str, state: TrainState):
+        super().__init__(message)
+        self.state = state
+
+
+def fit(
+    state: TrainState,
+    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    batches: Batches,
+    steps: int,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    config: Any = None,
+    progress: bool | None = None,
+    mesh: Mesh | None = None,
+    report_every: int = 50,
+    save_every: int = 1000,
+    save_seconds: float | None = None,
+    keep: int | None = 3,
+    max_skipped: int = 20,
+    resume: bool = True,
+    config_may_change: Collection[str] = ("steps", "out"),
+    on_report: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainState:
+    """Train until ``state.step == steps``.
+
+    With ``out`` a run that was interrupted goes on from its newest checkpoint, with more ``steps``
+    a finished one is extended, and a finished one comes back as it is.
+
+    Args:
+      state: where to start; it is donated, so use only the state returned.
+      step: from ``make_train_step``.
+      batches: ``batches(examples) -> iterable`` of batches from that global position on; called
+        once, so that going on reads no example twice. A plain iterable of batches is read as it
+        comes, and cannot serve a run that goes on. A batch is a pytree of arrays.
+      steps: number of steps in all, those of earlier runs included.
+      out: the run's folder, made if need be; ``None`` writes nothing.
+      config: plain values (or a dataclass of them) kept in every checkpoint's manifest.
+      progress: ``False`` shows nothing; else a bar on a terminal and plain lines elsewhere.
+      mesh: where to run, from ``data_mesh``; default: one device.
+      report_every: steps between two lines of ``metrics.jsonl``.
+      save_every: steps between two checkpoints; the last step is always saved.
+      save_seconds: save also when this much time has passed since the last save.
+      keep: number of checkpoints to keep; ``None`` keeps all.
+      max_skipped: skipped steps in a row that stop the run.
+      resume: ``False`` refuses a folder that holds a run.
+      config_may_change: top-level names of ``config`` in which a run that goes on may differ.
+      on_report: called with each line of ``metrics.jsonl``.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      Interrupted: SIGINT or SIGTERM came; the step was finished and saved. A second signal acts at
+        once, as it would without this function. Signals are watched in the main thread only.
+      Diverged: ``max_skipped`` steps in a row were skipped; the last good state is saved.
+      CheckpointError: the run's checkpoint cannot be used; its subclass and message say why.
+      OSError: the disk is full or the folder cannot be written.
+      ValueError: an argument out of range, or ``batches`` ended early.
+    """
+    for name, value in (("report_every", report_every), ("save_every", save_every)):
+        positive_int(name, value)
+    positive_int("steps", steps, least=0)
+    positive_int("max_skipped", max_skipped)
+
+    with contextlib.ExitStack() as stack:
+        saver = None
+        if out is not None:
+            out = Path(out)
+            folder = out / "checkpoints"
+            state, resumed = _resume(state, folder, mesh, resume, plain(config), config_may_change)
+            if resumed and not callable(batches):
+                raise ValueError(
+                    f"{out} holds a run at step {int(state.step)}; to go on with it batches must "
+                    "be a function of the data position, not a plain iterable"
+                )
+            saver = stack.enter_context(Saver(folder, config=config, keep=keep))
+        if mesh is not None:
+            state = meshes.replicate(state, mesh)
+        done = int(state.step)
+        if done >= steps:
+            return state
+        report = Report(None if out is None else out / "metrics.jsonl", done, on_report)
+        meter = stack.enter_context(
+            progress_meter.meter(steps, initial=done, description="training", enabled=progress)
+        )
+        signals = stack.enter_context(_Signals())
+        runner = _Runner(
+            state=state,
+            step=step,
+            done=done,
+            steps=steps,
+            mesh=mesh,
+            report=report,
+            meter=meter,
+            saver=saver,
+            report_every=report_every,
+            save_every=save_every,
+            save_seconds=float("inf") if save_seconds is None else save_seconds,
+            max_skipped=max_skipped,
+        )
+        state = runner.run(batches, signals)
+        if saver is not None:
+            saver.wait()
+        if signals.received and int(state.step) < steps:
+            where = f"; saved in {out}: start it again in the same way to go on" if out else ""
+            raise Interrupted(
+                f"stopped by {signals.received} at step {int(state.step)} of {steps}{where}",
+                state,
+                signals.received,
+            )
+    return state
+
+
+def _resume(
+    state: TrainState,
+    folder: Path,
+    mesh: Mesh | None,
+    resume: bool,
+    config: Any,
+    may_change: Collection[str],
+) -> tuple[TrainState, bool]:
+    """The newest saved state if it is ahead of ``state``, and whether it is."""
+    saved = finished_steps(folder)
+    if not saved or saved[-1] <= int(state.step):
+        return state, False
+    if not resume:
+        raise CheckpointExists(
+            f"{folder} holds a run at step {saved[-1]}; choose another folder, or resume it"
+        )
+    before = read_manifest(folder)["config"]
+    if isinstance(config, dict) and isinstance(before, dict):
+        names = sorted(set(config) | set(before))
+        differ = [n for n in names if n not in may_change and config.get(n) != before.get(n)]
+        if differ:
+            lines = "\n".join(
+                f"  {n}: {before.get(n)!r} there, {config.get(n)!r} now" for n in differ
+            )
+            raise CheckpointMismatch(
+                f"{folder} holds a run with another config; choose another folder, or use:\n{lines}"
+            )
+    sharding = None if mesh is None else meshes.replicated(mesh)
+    return restore(folder, state, sharding=sharding), True
+
+
+@dataclasses.dataclass
+class _Runner:
+    """The loop proper, with what it needs at hand."""
+
+    state: TrainState
+    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+    done: int
+    steps: int
+    mesh: Mesh | None
+    report: Report
+    meter: progress_meter.Meter
+    saver: Saver | None
+    report_every: int
+    save_every: int
+    save_seconds: float
+    max_skipped: int
+    saved: int = -1
+
+    def run(self, batches: Batches, signals: "_Signals") -> TrainState:
+        """Take steps up to ``steps`` or to a signal, and save the last one."""
+        look_every = max(1, min(self.report_every, self.max_skipped // 2))
+        position = int(self.state.examples)
+        source = iter(batches(position) if callable(batches) else batches)
+        ahead: deque[Metrics] = deque()
+        self.saved, last_save, first = self.done, time.monotonic(), True
+        while self.done < self.steps and not signals.received:
+            batch = next(source, None)
+            if batch is None:
+                self.finish()
+                raise ValueError(f"batches ended after step {self.done}, before step {self.steps}")
+            if first:
+                _check_position(position, batch, self.steps - self.done)
+            self.state, metrics = self.step(self.state, self.put(batch))
+            self.done += 1
+            if first:
+                # Compiling is over; it is no part of the rate.
+                self.report.restart_clock()
+                first = False
+            # The report of an earlier step is read here, while this one runs.
+            shown = self.report.pending()
+            self.report.add(metrics, batch)
+            if self.done % self.report_every == 0:
+                self.report.mark(self.done)
+            if self.done < self.steps:
+                self.meter.update(1, **(shown or {}))
+            ahead.append(metrics)
+            if len(ahead) > _AHEAD:
+                oldest = ahead.popleft()
+                oldest.loss.block_until_ready()
+                if self.done % look_every == 0:
+                    self.check_skipped(oldest)
+            now = time.monotonic()
+            if self.done % self.save_every == 0 or now - last_save > self.save_seconds:
+                last_save = now
+                self.save()
+        if ahead:
+            self.check_skipped(ahead[-1])
+        self.finish()
+        return self.state
+
+    def put(self, batch: Any) -> Any:
+        return batch if self.mesh is None else meshes.shard_batch(batch, self.mesh)
+
+    def save(self) -> None:
+        # The figures up to a checkpoint are on disk before it is.
+        self.report.pending()
+        if self.saver is not None and self.saved != self.done:
+            self.saver.save(self.state)
+            self.saved = self.done
+
+    def finish(self) -> None:
+        self.report.mark(self.done)
+        self.meter.update(int(self.done == self.steps), **(self.report.pending() or {}))
+        self.save()
+
+    def check_skipped(self, metrics: Metrics) -> None:
+        in_a_row = int(metrics.skipped_in_a_row)
+        if in_a_row < self.max_skipped:
+            return
+        self.finish()
+        where = "" if self.saver is None else f" and are saved in {self.saver.directory}"
+        raise Diverged(
+            f"{in_a_row} steps in a row gave a loss or gradient that is NaN or infinite; the "
+            f"parameters are those of the last good step{where}: try a lower learning rate or "
+            "float32, or look at the data",
+            self.state,
+        )
+
+
+def _check_position(position: int, batch: Any, steps: int) -> None:
+    n = np.shape(jax.tree.leaves(batch)[0])[0] * jax.process_count()
+    if position + n * steps > np.iinfo(np.uint32).max:
+        raise ValueError(
+            f"{steps} steps of {n} examples from position {position} pass 2^32 - 1, the largest "
+            "data position"
+        )
+
+
+class _Signals:
+    """Notes SIGINT and SIGTERM while it is entered; a second one acts as it would have before."""
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.received:
+            self._restore()
+            signal.raise_signal(number)
+        self.received = signal.Signals(number).name
+
+    def _restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            # None stands for a handler that was not installed from Python.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def __exit__(self, *exc: object) -> None:
+        self._restore()
