@@ -80,7 +80,9 @@ def cast_coefficient(value: jax.Array, x: jax.Array) -> jax.Array:
     return left_broadcast(value, x).astype(real_dtype(x.dtype))
 
 
-def batch_event(x: ArrayLike, event_ndim: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def batch_event(
+    x: ArrayLike | tuple[int, ...], event_ndim: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Split ``x``'s shape into ``(batch shape, event shape)`` by the library's rule.
 
     Args:
@@ -107,7 +109,7 @@ def batch_event(x: ArrayLike, event_ndim: int | None) -> tuple[tuple[int, ...], 
     return shape[:split], shape[split:]
 
 
-def event_size(x: ArrayLike, event_ndim: int | None = None) -> int:
+def event_size(x: ArrayLike | tuple[int, ...], event_ndim: int | None = None) -> int:
     """Number of entries of one example."""
     return math.prod(batch_event(x, event_ndim)[1])
 

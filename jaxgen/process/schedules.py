@@ -2,16 +2,16 @@ r"""The named linear processes, in forms that stay accurate in float32 near both
 
 With L = log alpha:
 
-| name           | L(t)                                    | sigma(t)                          | source |
-|----------------|-----------------------------------------|-----------------------------------|--------|
-| vp             | -(b1 - b0) t^2/4 - b0 t/2               | sqrt(-expm1(2L))                  | [1] (29), (32) |
-| sub_vp         | the same                                | -expm1(2L)                        | [1] (31), (33) |
-| ve             | 0                                       | s_min (s_max/s_min)^t             | [1] (30) |
-| edm            | 0                                       | t                                 | [2] section 2 |
-| cosine         | log cos(pi t/2)                         | sin(pi t/2)                       | [3] (17) |
-| rectified      | log(1 - t)                              | t                                 | [4] (1) |
-| mean_reverting | t log(alpha_end)                        | s_inf sqrt(-expm1(2L))            | [5] (6), constant rate |
-| ouve           | -theta t                                | see ``ouve``                      | [6] (9) to (11) |
+| name           | L(t)                      | sigma(t)               | source             |
+|----------------|---------------------------|------------------------|--------------------|
+| vp             | -(b1 - b0) t^2/4 - b0 t/2 | sqrt(-expm1(2L))       | [1] (29), (32)     |
+| sub_vp         | the same                  | -expm1(2L)             | [1] (31), (33)     |
+| ve             | 0                         | s_min (s_max/s_min)^t  | [1] (30)           |
+| edm            | 0                         | t                      | [2] section 2      |
+| cosine         | log cos(pi t/2)           | sin(pi t/2)            | [3] (17)           |
+| rectified      | log(1 - t)                | t                      | [4] (1)            |
+| mean_reverting | t log(alpha_end)          | s_inf sqrt(-expm1(2L)) | [5] (6), rate held |
+| ouve           | -theta t                  | see ``ouve``           | [6] (9) to (11)    |
 
 [1] Song et al., arXiv 2011.13456, [2] Karras et al., arXiv 2206.00364, [3] Nichol and Dhariwal,
 arXiv 2102.09672, [4] Liu et al., arXiv 2209.03003, [5] Luo et al., arXiv 2301.11699, [6] Lemercier

@@ -3,9 +3,10 @@ r"""Fields known in closed form: Gaussian data, Gaussian mixtures and a finite d
 If x0 ~ sum_k w_k N(m_k, C_k) and C_k = Q_k diag(e_k) Q_k^T, then under any ``LinearSDE`` (anchor
 mu)
 
-    p_t = sum_k w_k N(mu + alpha (m_k - mu), S_k),   S_k = Q_k diag(alpha^2 e_k + sigma^2) Q_k^T  (1)
-    E[n | x, k]  = sigma S_k^{-1} (x - mean_k)                                                    (2)
-    E[x0 | x, k] = m_k + alpha C_k S_k^{-1} (x - mean_k)                                          (3)
+    p_t = sum_k w_k N(mu + alpha (m_k - mu), S_k)                                           (1)
+    S_k = Q_k diag(alpha^2 e_k + sigma^2) Q_k^T
+    E[n | x, k]  = sigma S_k^{-1} (x - mean_k)                                              (2)
+    E[x0 | x, k] = m_k + alpha C_k S_k^{-1} (x - mean_k)                                    (3)
 
 and a mixture's fields are these, averaged with the posterior weights of the components. Neither
 (2) nor (3) divides by alpha or sigma, so they hold at both ends of time. An empirical data set is a
@@ -113,7 +114,7 @@ class ClosedForm:
             raise ValueError(f"x has event {x.shape[int(batched) :]}; expected {self.event_shape}")
         t = checks.field_time(t, x, len(self.event_shape))
         wide = jnp.promote_types(x.dtype, self.means.dtype)
-        flat = x.astype(wide).reshape(x.shape[: int(batched)] + (-1,))
+        flat = x.astype(wide).reshape((*x.shape[: int(batched)], -1))
 
         def one(pair):
             posterior, rates = self._one(*pair)
