@@ -64,9 +64,8 @@ class ClosedForm:
     basis: jax.Array | None
     event_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
-    def _one(self, x: jax.Array, t: jax.Array) -> tuple[_Posterior, Rates]:
+    def _one(self, x: jax.Array, r: Rates) -> _Posterior:
         """Posterior of one flattened example."""
-        r = self.sde.rates(t)
         mu = self._mu()
         centred_means = self.means - mu[None]
         difference = (x - mu)[None] - r.alpha * centred_means
@@ -87,7 +86,7 @@ class ClosedForm:
             whitened = jnp.einsum("kij,kj->ki", self.basis, whitened)
         data = weights @ (centred_means + pulled)
         noise = r.sigma * (weights @ whitened)
-        return _Posterior(log_prob, log_weights, data, noise), r
+        return _Posterior(log_prob, log_weights, data, noise)
 
     def _mu(self) -> jax.Array:
         size = self.means.shape[1]
@@ -117,15 +116,16 @@ class ClosedForm:
         flat = x.astype(wide).reshape((*x.shape[: int(batched)], -1))
 
         def one(pair):
-            posterior, rates = self._one(*pair)
-            return pick(posterior, rates)
+            flat, rates = pair
+            return pick(self._one(flat, rates), rates)
 
+        rates = self.sde.rates(t)
         if not batched:
-            return one((flat, t))
+            return one((flat, rates))
         if flat.shape[0] * self.means.size > _BLOCK:
             size = max(1, _BLOCK // self.means.size)
-            return jax.lax.map(one, (flat, t), batch_size=size)
-        return jax.vmap(lambda a, b: one((a, b)))(flat, t)
+            return jax.lax.map(one, (flat, rates), batch_size=size)
+        return jax.vmap(one)((flat, rates))
 
     def log_prob(self, x: ArrayLike, t: ArrayLike) -> jax.Array:
         """``log p_t(x)`` in nats, ``(batch,)`` or ``()``."""
