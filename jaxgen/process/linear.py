@@ -304,9 +304,23 @@ class LinearSDE:
         """
         x0 = checks.floating("x0", x0, allow_complex=True)
         noise = keys.normal(key, x0.shape, x0.dtype, event_ndim)
+        return self.path(x0, noise, t), noise
+
+    def path(self, x0: ArrayLike, noise: ArrayLike, t: ArrayLike) -> jax.Array:
+        """The state ``x_t`` on the path of given data and noise, equation (1).
+
+        Args:
+          x0: data ``(batch, *event)`` or one example.
+          noise: of ``x0``'s shape.
+          t: times, ``()`` or ``(batch,)``.
+
+        Returns:
+          ``x_t``, like ``x0``.
+        """
+        x0 = checks.floating("x0", x0, allow_complex=True)
         mean = self._mean(x0, self.alpha(t))
-        x_t = mean + left_broadcast(self.sigma(t), x0) * noise.astype(mean.dtype)
-        return x_t.astype(x0.dtype), noise
+        x_t = mean + left_broadcast(self.sigma(t), x0) * jnp.asarray(noise).astype(mean.dtype)
+        return x_t.astype(x0.dtype)
 
     def drift(self, x: ArrayLike, t: ArrayLike) -> jax.Array:
         """Drift of equation (2), like ``x``; ``t`` is ``()`` or ``(batch,)``."""
