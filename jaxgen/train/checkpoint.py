@@ -7,7 +7,6 @@ folder; then every file is hashed and the manifest put in place by rename; then 
 reads anything, and casts nothing. No pickle anywhere.
 """
 
-import errno
 import os
 import re
 import shutil
@@ -295,9 +294,10 @@ def _fail(error: BaseException, folder: Path) -> None:
         raise OSError(
             error.errno, f"cannot save the checkpoint: {error.strerror or error}", str(folder)
         ) from error
-    found = re.search(r"OS error (\d+)", str(error))
-    if found or "RESOURCE_EXHAUSTED" in str(error):
-        code = int(found[1]) if found else errno.ENOSPC
+    # Tensorstore, which writes orbax's files, puts the number into its message.
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    if found:
+        code = int(found[1])
         raise OSError(
             code, f"cannot save the checkpoint: {os.strerror(code)}", str(folder)
         ) from error
