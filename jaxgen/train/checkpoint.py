@@ -24,7 +24,6 @@ from jaxgen.train.manifest import (
     CheckpointError,
     CheckpointExists,
     CheckpointForeign,
-    latest_valid,
     step_folder,
 )
 
@@ -187,15 +186,11 @@ def restore(
     import orbax.checkpoint as ocp
 
     leaves = manifest.named_leaves(like)
-    try:
-        body = manifest.read_manifest(directory, step)
-        folder = step_folder(directory, body["step"]).absolute()
-        manifest.compare_leaves(body["leaves"], manifest.describe(leaves), folder)
+    body = manifest.read_manifest(directory, step)
+    folder = step_folder(directory, body["step"]).absolute()
+    manifest.compare_leaves(body["leaves"], manifest.describe(leaves), folder)
+    with manifest.offering(directory):
         manifest.verify_files(folder, body)
-    except manifest.CheckpointMissing:
-        raise
-    except CheckpointError as error:
-        raise type(error)(f"{error}\n{_offer(directory, error)}") from None
 
     treedef = jax.tree.structure(like)
     if sharding is None or isinstance(sharding, Sharding):
@@ -212,18 +207,6 @@ def restore(
             _as_saved(arrays.get(name), leaf, wanted[name], body["keys"].get(name))
             for name, leaf in leaves.items()
         ],
-    )
-
-
-def _offer(directory: str | os.PathLike[str], error: CheckpointError) -> str:
-    if isinstance(error, manifest.CheckpointMismatch):
-        return "Ask for the network, optimiser and precision that the run was started with."
-    step = latest_valid(directory)
-    if step is None:
-        return f"No other step in {directory} holds."
-    return (
-        f"The newest step that holds is {step}: restore it by step={step}, or move the newer "
-        "folders away and go on from there."
     )
 
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,29 @@ def read_manifest(directory: str | os.PathLike[str], step: int | None = None) ->
       CheckpointForeign: the file is not one of ours, or of a newer version.
       CheckpointDamaged: the file was changed after it was written.
     """
+    with offering(directory):
+        return _read(directory, step)
+
+
+@contextlib.contextmanager
+def offering(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Add the newest step that holds to the message of an error about another one."""
+    try:
+        yield
+    except CheckpointMissing:
+        raise
+    except CheckpointError as error:
+        step = latest_valid(directory)
+        offer = f"No other step in {directory} holds."
+        if step is not None:
+            offer = (
+                f"The newest step that holds is {step}: restore it by step={step}, or move the "
+                "newer folders away and go on from there."
+            )
+        raise type(error)(f"{error}\n{offer}") from None
+
+
+def _read(directory: str | os.PathLike[str], step: int | None) -> dict[str, Any]:
     steps = saved_steps(directory)
     if step is None and steps:
         step = steps[-1]
@@ -253,7 +276,8 @@ def compare_leaves(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: P
     if lines:
         shown = lines[:20] + ([f"  and {len(lines) - 20} more"] if len(lines) > 20 else [])
         raise CheckpointMismatch(
-            f"{where} holds another tree than was asked for (nothing is cast):\n" + "\n".join(shown)
+            f"{where} holds another tree than was asked for; ask for the network, optimiser and "
+            "precision that the run was started with (nothing is cast):\n" + "\n".join(shown)
         )
 
 
@@ -261,6 +285,6 @@ def latest_valid(directory: str | os.PathLike[str]) -> int | None:
     """The newest step whose manifest and files all hold, or ``None``; reads every byte of it."""
     for step in reversed(saved_steps(directory)):
         with contextlib.suppress(CheckpointError):
-            verify_files(step_folder(directory, step), read_manifest(directory, step))
+            verify_files(step_folder(directory, step), _read(directory, step))
             return step
     return None
