@@ -1,0 +1,68 @@
+"""The named solvers: what makes one, on which grid, with how many steps, in which loop.
+
+A new solver is a file with a class and a row here.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import diffrax
+
+from jaxgen.core import checks
+from jaxgen.solve.ddim import DDIM
+from jaxgen.solve.euler_maruyama import EulerMaruyama
+from jaxgen.solve.heun import Heun
+from jaxgen.solve.heun_time import HeunTime
+from jaxgen.solve.semilinear import GridSolver
+
+__all__ = ["SOLVERS", "Entry", "resolve"]
+
+
+class Entry(NamedTuple):
+    """A solver as ``sample`` uses it.
+
+    Attributes:
+      make: makes the solver object; ``None`` for an indexed kernel, which only the
+        predictor-corrector loop runs.
+      grid: default grid.
+      steps: default number of steps.
+    """
+
+    make: Callable[[], diffrax.AbstractSolver] | None
+    grid: str
+    steps: int
+
+
+SOLVERS: dict[str, Entry] = {
+    "euler_maruyama": Entry(EulerMaruyama, "time", 20),
+    "reverse_diffusion": Entry(None, "time", 1000),
+    "ancestral": Entry(None, "time", 1000),
+    "ddim": Entry(DDIM, "log_snr", 20),
+    "heun_time": Entry(HeunTime, "time", 20),
+    "heun": Entry(Heun, "karras", 20),
+}
+
+
+def resolve(solver: Any) -> tuple[str, Entry, diffrax.AbstractSolver | None]:
+    """The name, row and object of a solver given by name or as a diffrax solver.
+
+    An object of a named class has that row's defaults; another solver on a ``SemiLinearTerm`` has
+    the grid ``"log_snr"``, any other ``"time"``. The object is ``None`` for an indexed kernel.
+
+    Raises:
+      ValueError: an unknown name.
+      TypeError: neither a name nor a diffrax solver.
+    """
+    if isinstance(solver, str):
+        checks.one_of("solver", solver, SOLVERS)
+        entry = SOLVERS[solver]
+        return solver, entry, None if entry.make is None else entry.make()
+    if not isinstance(solver, diffrax.AbstractSolver):
+        raise TypeError(
+            f"solver is {solver!r}; expected a diffrax solver object or one of {', '.join(SOLVERS)}"
+        )
+    for name, entry in SOLVERS.items():
+        if entry.make is type(solver):
+            return name, entry, solver
+    grid = "log_snr" if isinstance(solver, GridSolver) else "time"
+    return type(solver).__name__, Entry(lambda: solver, grid, 20), solver

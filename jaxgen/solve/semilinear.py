@@ -1,0 +1,256 @@
+r"""The semi-linear term that the fast solvers integrate, and what such a solver must provide.
+
+Every prediction kind is linear in state and output: with x' = x - mu, noise and data are
+
+    noise = a x' + b out',     data' = a x' + b out'                                        (1)
+
+with coefficients (a, b) of the level alone. A solver on this term is therefore a set of numbers for
+each interval of a grid (``coefficients``), known before the loop runs, and a cheap step that uses
+them (``advance``).
+
+The term is integrated *forwards* in the progress u from 0 (noise) to 1 (data): diffrax negates
+time on a backward solve, and log-SNR may be infinite at both ends and start at another level for
+each sample. Times, levels and noise are read through the term; nothing else knows the schedule.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from jaxgen.core.arrays import at_least_f32, cast_coefficient
+from jaxgen.process.linear import LinearSDE
+from jaxgen.score.prediction import convert
+from jaxgen.solve.terms import FieldCall
+
+__all__ = ["GridSolver", "Level", "SemiLinearTerm"]
+
+
+class Level(NamedTuple):
+    """A noise level; every entry is ``()``, or ``(batch,)`` where samples differ.
+
+    Attributes:
+      t: time.
+      alpha: signal coefficient.
+      sigma: noise coefficient.
+      alpha_dot: time derivative of ``alpha``.
+      sigma_dot: time derivative of ``sigma``.
+      lam: ``log(alpha / sigma)``, half of log-SNR.
+    """
+
+    t: jax.Array
+    alpha: jax.Array
+    sigma: jax.Array
+    alpha_dot: jax.Array
+    sigma_dot: jax.Array
+    lam: jax.Array
+
+
+class SemiLinearTerm(diffrax.AbstractTerm):
+    """The probability flow of a field in the progress u (module docstring).
+
+    Attributes:
+      call: the field.
+      sde: the process.
+      times: knots from noise to data, ``(steps + 1,)`` or ``(steps + 1, batch)``; knot ``n`` is at
+        ``u = n / steps`` and time is linear in between.
+      path: where solvers with noise take it, over [0, 1]; ``None`` for the deterministic ones.
+      prediction: what the field predicts.
+      is_finite: known at trace time that log-SNR is finite at every knot.
+    """
+
+    call: FieldCall
+    sde: LinearSDE
+    times: jax.Array
+    path: diffrax.AbstractBrownianPath | None
+    prediction: str = eqx.field(static=True)
+    is_finite: bool = eqx.field(static=True, default=False)
+
+    @property
+    def steps(self) -> int:
+        """Number of intervals."""
+        return self.times.shape[0] - 1
+
+    # --- levels ---------------------------------------------------------------------------------
+
+    def level_at(self, t: jax.Array) -> Level:
+        """The level of a time, of any shape."""
+        return Level(t, *self.sde.rates(t), 0.5 * self.sde.log_snr(t))
+
+    def time(self, u: jax.Array) -> jax.Array:
+        """Time at progress ``u``, exact at the knots' ends."""
+        position = jnp.clip(u, 0, 1) * self.steps
+        n = jnp.clip(jnp.floor(position), 0, self.steps - 1).astype(jnp.int32)
+        share = (position - n).astype(self.times.dtype)
+        return (1 - share) * self.times[n] + share * self.times[n + 1]
+
+    def level(self, u: jax.Array) -> Level:
+        """The level at progress ``u``."""
+        return self.level_at(self.time(u))
+
+    # --- the field, linearly ----------------------------------------------------------------------
+
+    def conversion(self, level: Level, target: str) -> tuple[jax.Array, jax.Array]:
+        """``(a, b)`` of equation (1): ``target = a x' + b out'`` for the field's output."""
+        one, zero = jnp.ones_like(level.t), jnp.zeros_like(level.t)
+        if target == self.prediction:
+            return zero, one
+        plain = dataclasses.replace(self.sde, mu=None)
+        return (
+            convert(zero, one, level.t, plain, self.prediction, target),
+            convert(one, zero, level.t, plain, self.prediction, target),
+        )
+
+    def output(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        """The field's output, centred (``out'`` of equation (1)): one call of the field."""
+        out = self.call(x, t)
+        return self.centred(out) if self.prediction == "data" else out
+
+    def centred(self, x: jax.Array) -> jax.Array:
+        """``x - mu``."""
+        mu = self._mu(x)
+        return x if mu is None else x - mu
+
+    def combine(self, x: jax.Array, a: jax.Array, *pairs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """``mu + a (x - mu) + sum b out'`` over the pairs ``(b, out')``, like ``x``."""
+        mu = self._mu(x)
+        total = cast_coefficient(a, x) * self.centred(x)
+        for b, out in pairs:
+            total = total + cast_coefficient(b, x) * out
+        return total if mu is None else mu + total
+
+    def _mu(self, x: jax.Array) -> jax.Array | None:
+        mu = self.sde.centre(x)
+        return None if mu is None else mu.astype(x.dtype)
+
+    def noise(self, u0: jax.Array, u1: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Noise of an interval as ``(scale, dW)`` with ``scale dW ~ N(0, I)``."""
+        if self.path is None:
+            raise ValueError("this solver draws noise; its SemiLinearTerm needs a Brownian path")
+        return jax.lax.rsqrt(u1 - u0), self.path.evaluate(u0, u1)
+
+    # --- as diffrax sees it -----------------------------------------------------------------------
+
+    def vf(self, t: Any, y: jax.Array, args: Any) -> jax.Array:
+        """``dx/du`` of the probability flow."""
+        del args
+        time, slope = jax.jvp(self.time, (t,), (jnp.ones_like(t),))
+        level = self.level_at(time)
+        a, b = self.conversion(level, "velocity")
+        out = self.output(y, time)
+        return cast_coefficient(slope, y) * self.centred(self.combine(y, a, (b, out)))
+
+    def contr(self, t0: Any, t1: Any, **kwargs: Any) -> jax.Array:
+        """The step in ``u``."""
+        del kwargs
+        return t1 - t0
+
+    def prod(self, vf: jax.Array, control: jax.Array) -> jax.Array:
+        """Their product."""
+        return cast_coefficient(control, vf) * vf
+
+
+class GridSolver(diffrax.AbstractItoSolver):
+    """A solver on a ``SemiLinearTerm``: numbers for each interval, and a step that uses them.
+
+    Subclasses give ``coefficients`` and ``advance``, and where they need them ``start`` (history)
+    and ``calls``. ``step`` computes the numbers on the way, for ``diffeqsolve``; the scan driver
+    computes them for all intervals at once. Marked as an Ito solver; noise is additive, so it is
+    one of Stratonovich's kind too.
+    """
+
+    term_structure: ClassVar = SemiLinearTerm
+    interpolation_cls: ClassVar[Callable[..., diffrax.LocalLinearInterpolation]] = (
+        diffrax.LocalLinearInterpolation
+    )
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether a step draws noise."""
+        return False
+
+    @abc.abstractmethod
+    def coefficients(self, term: SemiLinearTerm, first: Level, last: Level) -> Any:
+        """The numbers of the step from level ``first`` to level ``last``, a pytree."""
+
+    @abc.abstractmethod
+    def advance(
+        self,
+        term: SemiLinearTerm,
+        numbers: Any,
+        noise: tuple[jax.Array, jax.Array] | None,
+        x: jax.Array,
+        state: Any,
+    ) -> tuple[jax.Array, Any]:
+        """One step: ``(x, state)`` at the interval's end.
+
+        Args:
+          term: calls the field and combines.
+          numbers: what ``coefficients`` gave.
+          noise: ``term.noise`` of the interval, ``None`` for a solver without noise or for its
+            deterministic part.
+          x: state, ``(batch, *event)`` or one example, float32 or wider.
+          state: what ``start`` or the last step gave.
+        """
+
+    def start(self, term: SemiLinearTerm, x: jax.Array) -> Any:
+        """The solver's own state before the first step."""
+        del term, x
+        return None
+
+    def calls(self, term: SemiLinearTerm, numbers: Any) -> jax.Array:
+        """Field evaluations of the whole grid, int32; ``numbers`` have the intervals in front."""
+        del numbers
+        return jnp.asarray(term.steps, jnp.int32)
+
+    # --- as diffrax sees it -----------------------------------------------------------------------
+
+    def init(self, terms: Any, t0: Any, t1: Any, y0: jax.Array, args: Any) -> Any:
+        """The state before the first step."""
+        del t0, t1, args
+        return self.start(_unwrap(terms), y0)
+
+    def step(
+        self,
+        terms: Any,
+        t0: Any,
+        t1: Any,
+        y0: jax.Array,
+        args: Any,
+        solver_state: Any,
+        made_jump: Any,
+    ) -> tuple[jax.Array, None, dict[str, jax.Array], Any, diffrax.RESULTS]:
+        """One step of ``diffeqsolve``, over any interval of progress."""
+        del args, made_jump
+        term = _unwrap(terms)
+        numbers = self.coefficients(term, term.level(t0), term.level(t1))
+        noise = term.noise(t0, t1) if self.is_noisy else None
+        y1, state = self.advance(term, numbers, noise, y0, solver_state)
+        return y1, None, {"y0": y0, "y1": y1}, state, diffrax.RESULTS.successful
+
+    def func(self, terms: Any, t0: Any, y0: jax.Array, args: Any) -> jax.Array:
+        """The vector field of the term."""
+        return terms.vf(t0, y0, args)
+
+
+def _unwrap(term: Any) -> SemiLinearTerm:
+    """The term inside diffrax's wrapper for the direction of time, which is forwards here."""
+    while not isinstance(term, SemiLinearTerm):
+        term = term.term
+    return term
+
+
+def knots(term: SemiLinearTerm) -> tuple[Level, Level]:
+    """Levels at the intervals' starts and ends, with the intervals in front."""
+    levels = term.level_at(term.times)
+    return Level(*(v[:-1] for v in levels)), Level(*(v[1:] for v in levels))
+
+
+def progress_grid(steps: int, dtype: Any) -> jax.Array:
+    """The knots in ``u``, ``(steps + 1,)``."""
+    return jnp.arange(steps + 1, dtype=at_least_f32(dtype)) / steps
