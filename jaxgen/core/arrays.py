@@ -40,7 +40,7 @@ def real_dtype(dtype: DTypeLike) -> np.dtype:
 
 
 def strong_scalar(value: ArrayLike) -> Any:
-    """A number as a strong float32 (float64 where x64 is on); arrays and tracers keep theirs.
+    """A number as a strong float32 (float64 where x64 is on), an array in float32 or wider.
 
     NumPy scalars serve, so that no device is started by making a process.
     """
@@ -48,9 +48,10 @@ def strong_scalar(value: ArrayLike) -> Any:
         wide = np.float64 if jax.config.read("jax_enable_x64") else np.float32
         return wide(value)
     if isinstance(value, np.ndarray | np.generic):
-        return value.astype(jax.dtypes.canonicalize_dtype(at_least_f32(value.dtype)))
+        wide = jnp.promote_types(value.dtype, jnp.float32)
+        return value.astype(jax.dtypes.canonicalize_dtype(wide))
     if isinstance(value, jax.Array):
-        return value.astype(at_least_f32(value.dtype))
+        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
     return value
 
 
@@ -123,6 +124,6 @@ def sum_event(x: jax.Array, event_ndim: int | None = None) -> jax.Array:
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:
-    """Square root with gradient zero, not infinite or NaN, where ``x <= 0``."""
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0).astype(x.dtype)
+    """Square root, zero with gradient zero where ``x <= 0``; NaN stays NaN."""
+    vanishes = x <= 0
+    return jnp.where(vanishes, 0.0, jnp.sqrt(jnp.where(vanishes, 1.0, x))).astype(x.dtype)

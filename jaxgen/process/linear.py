@@ -54,6 +54,11 @@ class Rates(NamedTuple):
     sigma_dot: jax.Array
 
 
+def _like_time(value: jax.Array, t: jax.Array) -> jax.Array:
+    """``value``, but NaN where ``t`` is: a schedule that ignores its time must not hide it."""
+    return jnp.where(jnp.isnan(t), jnp.nan, value)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.floating)
 
@@ -163,20 +168,24 @@ class LinearSDE:
 
     def log_alpha(self, t: ArrayLike) -> jax.Array:
         """Logarithm of the signal coefficient, of ``t``'s shape."""
-        return self.log_alpha_fn(self._time(t), *self.params)
+        t = self._time(t)
+        return _like_time(self.log_alpha_fn(t, *self.params), t)
 
     def alpha(self, t: ArrayLike) -> jax.Array:
         """Signal coefficient, of ``t``'s shape."""
-        return self._alpha(self._time(t))
+        t = self._time(t)
+        return _like_time(self._alpha(t), t)
 
     def sigma(self, t: ArrayLike) -> jax.Array:
         """Standard deviation of the noise, of ``t``'s shape."""
-        return self.sigma_fn(self._time(t), *self.params)
+        t = self._time(t)
+        return _like_time(self.sigma_fn(t, *self.params), t)
 
     def log_snr(self, t: ArrayLike) -> jax.Array:
         """``log(alpha^2 / sigma^2)``, of ``t``'s shape; falls with time."""
         t = self._time(t)
-        return 2 * (self.log_alpha_fn(t, *self.params) - jnp.log(self.sigma_fn(t, *self.params)))
+        log_sigma = jnp.log(self.sigma_fn(t, *self.params))
+        return _like_time(2 * (self.log_alpha_fn(t, *self.params) - log_sigma), t)
 
     def rates(self, t: ArrayLike) -> Rates:
         """``alpha``, ``sigma`` and their time derivatives, each of ``t``'s shape."""
@@ -184,12 +193,14 @@ class LinearSDE:
         one = jnp.ones_like(t)
         alpha, alpha_dot = jax.jvp(self._alpha, (t,), (one,))
         sigma, sigma_dot = jax.jvp(lambda s: self.sigma_fn(s, *self.params), (t,), (one,))
-        return Rates(alpha, sigma, alpha_dot, sigma_dot)
+        return Rates(*(_like_time(c, t) for c in (alpha, sigma, alpha_dot, sigma_dot)))
 
     def log_alpha_dot(self, t: ArrayLike) -> jax.Array:
         """``d log alpha / dt``, the linear rate of the drift, of ``t``'s shape."""
         t = self._time(t)
-        return jax.jvp(lambda s: self.log_alpha_fn(s, *self.params), (t,), (jnp.ones_like(t),))[1]
+        one = jnp.ones_like(t)
+        slope = jax.jvp(lambda s: self.log_alpha_fn(s, *self.params), (t,), (one,))[1]
+        return _like_time(slope, t)
 
     def diffusion_squared(self, t: ArrayLike) -> jax.Array:
         """``g(t)^2`` by equation (3), of ``t``'s shape."""
