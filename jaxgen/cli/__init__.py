@@ -1,0 +1,65 @@
+"""The ``jaxgen`` command: whole jobs from a shell, made of the library's functions.
+
+This file imports nothing heavy, so that ``jaxgen --help`` answers at once; each subcommand lives in
+a module of its own, imported when it is asked for.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "train": "train a generator on a data set, measure it, draw it; go on with a run",
+    "sample": "draw samples from a trained run",
+    "evaluate": "measure a trained run again, with other counts or another solver",
+    "inpaint": "hide part of held-out images and let a trained run fill it in",
+    "systems": "the published systems in this library, where they live, what was measured",
+    "version": "versions and devices, for a bug report",
+}
+
+_EXAMPLES = """\
+  jaxgen train                                  handwritten digits in a few minutes on a laptop
+  jaxgen train --data moons --process ve        a two-dimensional toy, another process
+  jaxgen sample runs/digits-vp --n 64           new digits from the run's checkpoint
+  jaxgen train --help                           every setting, with its default"""
+
+
+def usage() -> str:
+    """The text of ``jaxgen --help``."""
+    lines = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    return (
+        "usage: jaxgen COMMAND [...]\n\n"
+        "Generative modelling by stochastic dynamics, in JAX.\n\n"
+        f"commands:\n{lines}\n\nexamples:\n{_EXAMPLES}\n\n"
+        "Each command explains itself: jaxgen COMMAND --help."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+      argv: the words after ``jaxgen``; those of this process if ``None``.
+
+    Returns:
+      The exit code: 0 done; 1 training diverged; 2 it could not be done, with one line on standard
+      error that says what to do; 130 or 143 stopped by SIGINT or SIGTERM.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name, rest = words[0], words[1:]
+    if name == "--version":
+        name = "version"
+    if name not in COMMANDS:
+        print(
+            f"jaxgen: no command {name!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr
+        )
+        return 2
+    from jaxgen.cli.errors import guarded
+
+    command = importlib.import_module(f"jaxgen.cli.{name}")
+    return guarded(f"jaxgen {name}", command.run, rest)

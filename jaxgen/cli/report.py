@@ -1,0 +1,48 @@
+"""Figures of a run in words, for a terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["figures_text"]
+
+
+def figures_text(figures: Mapping[str, Any]) -> str:
+    """The lines that a person wants to read of a ``metrics.json``."""
+    lines = []
+    for name, unit in (
+        ("bits_per_dim", "bits per dimension"),
+        ("log_prob_per_dim", "nats per dim"),
+    ):
+        if name in figures:
+            how = figures["likelihood"]
+            levels = f", {how['levels']} levels" if how["levels"] else ""
+            lines.append(
+                f"likelihood      {figures[name]} +- {figures[name + '_standard_error']} {unit} "
+                f"({how['examples']} held-out examples{levels})"
+            )
+    for name, title in (("frechet", "Frechet"), ("sliced_wasserstein", "sliced Wass.")):
+        if name in figures:
+            found = figures[name]
+            lines.append(
+                f"{title:<16}{found['model_to_data']} model to data, {found['data_to_data']} data "
+                f"to data ({found['count']} on each side)"
+            )
+    if "classifier" in figures:
+        judge = figures["classifier"]
+        lines.append(
+            f"recognisable    mean top probability {judge['mean_top_probability']} (data "
+            f"{judge['mean_top_probability_of_data']}), smallest class "
+            f"{100 * judge['smallest_class_share']:.1f} %, classifier right on "
+            f"{100 * judge['held_out_accuracy']:.1f} % of held-out data"
+        )
+    made = figures["samples"]
+    lines.append(
+        f"samples         {made['count']}, averaged parameters (EMA {made['ema']}), "
+        f"{made['solver']} on the {made['grid']} grid, {made['steps']} steps, "
+        f"{made['evaluations']} evaluations"
+    )
+    seconds = figures["seconds"]
+    lines.append(
+        f"time            {seconds['training']} s training, {seconds['evaluation']} s measuring"
+    )
+    return "\n".join(lines)

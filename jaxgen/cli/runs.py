@@ -1,0 +1,48 @@
+"""What the commands on a trained run share: the folder, the solver, where a result is written."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxgen.cli.errors import CommandError
+
+__all__ = ["check_out", "check_solver", "write_npz"]
+
+
+def check_solver(name: str, steps: int | None) -> None:
+    """Refuse a solver that does not exist, and a number of steps that makes none.
+
+    Raises:
+      CommandError: which are there.
+    """
+    from jaxgen import solve
+
+    if name not in solve.SOLVERS:
+        raise CommandError(f"solver {name!r} is unknown; choose one of {', '.join(solve.SOLVERS)}")
+    if steps is not None and steps < 1:
+        raise CommandError(f"--steps is {steps}; give at least 1")
+
+
+def check_out(path: Path, suffixes: tuple[str, ...]) -> Path:
+    """The file to write, refused before any work if it cannot be.
+
+    Raises:
+      CommandError: another suffix, or no folder to put it in.
+    """
+    if path.suffix not in suffixes:
+        raise CommandError(f"--out {path} should end in {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise CommandError(f"--out {path}: there is no folder {path.parent}; make it first")
+    return path
+
+
+def write_npz(path: Path, **arrays: Any) -> None:
+    """Write arrays by rename, so that no half file is left where a disk is full."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

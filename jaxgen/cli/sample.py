@@ -1,0 +1,106 @@
+"""``jaxgen sample``: new samples from a trained run."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from jaxgen.cli.errors import CommandError
+from jaxgen.cli.flags import parse
+from jaxgen.cli.runs import check_out, check_solver, write_npz
+
+__all__ = ["run"]
+
+PROG = "jaxgen sample"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Draw samples from a trained run, by its averaged parameters.
+
+    For example:
+
+      jaxgen sample runs/digits-vp --n 100
+      jaxgen sample runs/digits-vp --solver ddim --steps 10 --seed 7 --out ten-steps.png
+      jaxgen sample runs/digits-vp --n 5000 --out digits.npz
+      jaxgen sample runs/labelled --label 3 --guidance 1
+    """
+
+    dir: tyro.conf.Positional[Path]
+    """The run's folder."""
+    n: int = 100
+    """Number of samples; the first k of them are the same whatever the number."""
+    solver: str = "heun"
+    """euler_maruyama, reverse_diffusion, ancestral, heun, heun_time, ddim, ..."""
+    steps: int | None = None
+    """Steps of the solver; by default its own number."""
+    seed: int = 0
+    """Of the noise."""
+    out: Path | None = None
+    """A picture (.png), or the samples in the data's units (.npz); by default DIR/sampled.png."""
+    label: int | None = None
+    """A class, for a run that was trained with --labels."""
+    guidance: float = 0.0
+    """Strength of classifier-free guidance towards the label."""
+
+
+def run(words: Sequence[str]) -> int:
+    """Carry out ``jaxgen sample``."""
+    args = parse(Sample, words, prog=PROG)
+    out = check_out(args.out or args.dir / "sampled.png", (".png", ".npz"))
+    check_solver(args.solver, args.steps)
+    if args.n < 1 or args.seed < 0:
+        raise CommandError(f"--n is {args.n} and --seed {args.seed}; give n >= 1 and seed >= 0")
+
+    import jax
+
+    from jaxgen.core.progress import meter
+    from jaxgen.train.recipes import pictures
+    from jaxgen.train.recipes.evaluate import draw
+    from jaxgen.train.recipes.run import open_run
+
+    trained = open_run(args.dir)
+    _check_label(args, trained.experiment)
+    with meter(args.n, description="sampling", unit="sample") as bar:
+        drawn = draw(
+            jax.random.key(args.seed),
+            trained.experiment,
+            trained.params,
+            args.n,
+            solver=args.solver,
+            steps=args.steps,
+            label=args.label,
+            guidance=args.guidance,
+            advance=bar.update,
+        )
+    data = trained.experiment.train
+    made = data.from_unit(drawn.x)
+    if out.suffix == ".npz":
+        write_npz(out, x=made)
+    elif data.is_image:
+        columns = max(1, round(args.n**0.5))
+        title = f"{data.name}: {args.n} samples, {drawn.how['solver']}, {drawn.how['steps']} steps"
+        pictures.draw_grid(out, [(title, data.to_unit(made))], columns=columns)
+    else:
+        pictures.draw_points(out, [("generated", made), ("real", data.x[: len(made)])])
+    print(
+        f"{out}: {args.n} samples of step {trained.step} (averaged parameters), "
+        f"{drawn.how['solver']} on the {drawn.how['grid']} grid, {drawn.how['steps']} steps, "
+        f"{drawn.how['evaluations']} evaluations"
+    )
+    return 0
+
+
+def _check_label(args: Sample, experiment: Any) -> None:
+    if args.label is None:
+        if args.guidance:
+            raise CommandError("--guidance needs a --label to guide towards")
+        return
+    if not experiment.config.labels:
+        raise CommandError(f"{args.dir} was trained without labels; train one with --labels")
+    if not 0 <= args.label < experiment.train.num_classes:
+        raise CommandError(
+            f"--label is {args.label}; the classes are 0 to {experiment.train.num_classes - 1}"
+        )

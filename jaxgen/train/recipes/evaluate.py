@@ -1,0 +1,280 @@
+"""What a trained generator is worth: likelihood, Frechet distance, recognisability.
+
+Every figure comes with what it was computed with: counts, averaged parameters or not, solver, grid,
+steps and last step. Distances are given twice at one count, between model and data and between two
+halves of the data, the second being what a perfect model would score.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen import metrics, solve
+from jaxgen.train.data import Dataset
+from jaxgen.train.recipes.classifier import Judge, train_judge
+from jaxgen.train.recipes.score import DATA_RANGE, Experiment
+
+__all__ = ["Drawn", "draw", "evaluate", "likelihood"]
+
+CHUNK = 250
+TOLERANCE = 1e-4
+
+Say = Callable[[str], None]
+
+
+class Drawn(NamedTuple):
+    """Samples and what they were made with.
+
+    Attributes:
+      x: float32 ``(n, *event)``, network-scaled.
+      how: solver, grid, steps, evaluations, last step and last time, as plain values.
+    """
+
+    x: np.ndarray
+    how: dict[str, Any]
+
+
+def draw(
+    key: jax.Array,
+    experiment: Experiment,
+    params: Any,
+    n: int,
+    *,
+    solver: str = "heun",
+    steps: int | None = None,
+    label: int | None = None,
+    guidance: float = 0.0,
+    advance: Callable[[int], None] | None = None,
+) -> Drawn:
+    """Draw samples in chunks of one size; the first ``k`` of ``n`` are the same whatever ``n``.
+
+    Args:
+      key: typed key.
+      experiment: what was trained.
+      params: parameters of the network, usually the averaged ones.
+      n: number of samples.
+      solver: a name of ``solve.SOLVERS``.
+      steps: its steps; ``None`` for the solver's default.
+      label: a class that the network was trained with.
+      guidance: strength of classifier-free guidance towards the label; 0 is none.
+      advance: called with the number of samples done after each chunk.
+
+    Raises:
+      ValueError: an unknown solver, or a number out of range.
+    """
+    how: dict[str, Any] = {}
+
+    @jax.jit
+    def chunk(key: jax.Array, params: Any, first: jax.Array) -> solve.Sample:
+        return solve.sample(
+            key,
+            conditional_field(experiment, params, CHUNK, label, guidance),
+            experiment.sde,
+            (CHUNK, *experiment.train.event),
+            solver=solver,
+            steps=steps,
+            prediction=experiment.prediction,
+            first_index=first,
+        )
+
+    parts = []
+    for first in range(0, n, CHUNK):
+        sample = chunk(key, params, jnp.int32(first))
+        parts.append(np.asarray(sample.x)[: n - first])
+        if advance is not None:
+            advance(len(parts[-1]))
+        how = {
+            "solver": sample.solver,
+            "steps": sample.steps,
+            "grid": sample.grid,
+            "evaluations": int(np.max(sample.nfe)),
+            "last_step": sample.last_step,
+            "last_time": float(np.min(sample.times)),
+        }
+    return Drawn(np.concatenate(parts), how)
+
+
+def conditional_field(
+    experiment: Experiment, params: Any, batch: int, label: int | None, guidance: float
+) -> Any:
+    """The field of one label for a batch of this size, guided if asked; without one, of all."""
+    if label is None:
+        return experiment.field(params)
+    towards = experiment.field(params, jnp.full((batch,), label, jnp.int32))
+    if guidance == 0:
+        return towards
+    away = experiment.field(params, jnp.full((batch,), experiment.train.num_classes, jnp.int32))
+
+    def field(x: jax.Array, t: jax.Array) -> jax.Array:
+        one, other = towards(x, t), away(x, t)
+        return one + guidance * (one - other)
+
+    return field
+
+
+def likelihood(
+    key: jax.Array, experiment: Experiment, params: Any, data: Dataset, n: int
+) -> dict[str, Any]:
+    """Likelihood of the first ``n`` examples of a data set, by the probability flow.
+
+    Returns:
+      For integers ``bits_per_dim``, else ``log_prob_per_dim`` (nats, in the data's own units),
+      with its standard error over examples and what it was computed with.
+    """
+    n = min(n, len(data))
+    key_data, key_probe = jax.random.split(key)
+    dims, levels = experiment.dims, experiment.train.levels
+
+    @jax.jit
+    def run(params: Any, x: jax.Array) -> solve.Likelihood:
+        return solve.log_likelihood(
+            key_probe,
+            experiment.field(params),
+            experiment.sde,
+            x,
+            prediction=experiment.prediction,
+            rtol=TOLERANCE,
+            atol=TOLERANCE,
+            estimator="exact" if dims <= 4 else "hutchinson",
+        )
+
+    out = run(params, experiment.to_model(key_data, jnp.asarray(data.x[:n])))
+    log_prob = np.asarray(out.log_prob, np.float64)
+    if levels is None:
+        name, values = "log_prob_per_dim", log_prob / dims - np.log(experiment.train.scale)
+    else:
+        name = "bits_per_dim"
+        values = np.asarray(solve.bits_per_dim(out.log_prob, dims, levels, DATA_RANGE), np.float64)
+    return {
+        name: _rounded(values.mean()),
+        f"{name}_standard_error": _rounded(values.std() / np.sqrt(n)),
+        "likelihood": {
+            "examples": n,
+            "failed": int((~np.isfinite(log_prob)).sum()),
+            "levels": levels,
+            "estimator": "exact" if dims <= 4 else "hutchinson, one Rademacher probe",
+            "tolerance": TOLERANCE,
+            "first_time": float(experiment.sde.t_min),
+            "evaluations": _rounded(np.mean(np.asarray(out.nfe))),
+        },
+    }
+
+
+def evaluate(
+    key: jax.Array,
+    experiment: Experiment,
+    params: Any,
+    *,
+    say: Say = lambda line: None,
+) -> tuple[dict[str, Any], Drawn]:
+    """All figures of a trained network, and the samples that they were computed from.
+
+    Args:
+      key: typed key; the figures are a function of it and of the parameters.
+      experiment: what was trained.
+      params: parameters of the network, usually the averaged ones.
+      say: called with a line at the start of each part.
+    """
+    key_draw, key_likelihood, key_judge = jax.random.split(key, 3)
+    config = experiment.config
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, line: str, work: Callable[[], Any]) -> Any:
+        say(line)
+        start = time.monotonic()
+        done = work()
+        seconds[name] = round(time.monotonic() - start, 2)
+        return done
+
+    drawn = timed(
+        "samples",
+        f"drawing {config.eval_samples} samples",
+        lambda: draw(
+            key_draw,
+            experiment,
+            params,
+            config.eval_samples,
+            solver=config.solver,
+            steps=config.solver_steps,
+        ),
+    )
+    figures = timed(
+        "likelihood",
+        f"likelihood of {min(config.eval_likelihood, len(experiment.held_out))} held-out examples",
+        lambda: likelihood(
+            key_likelihood, experiment, params, experiment.held_out, config.eval_likelihood
+        ),
+    )
+    figures["samples"] = {"count": len(drawn.x), "ema": config.ema, **drawn.how}
+    if experiment.train.is_image and experiment.train.label is not None:
+        judge = timed(
+            "classifier",
+            "training the classifier that judges the samples",
+            lambda: train_judge(key_judge, experiment.train, experiment.held_out),
+        )
+        figures |= timed(
+            "distances", "comparing", lambda: _judged(judge, experiment.train, drawn.x)
+        )
+    else:
+        figures |= timed(
+            "distances", "comparing", lambda: _sliced(key_judge, experiment.train, drawn.x)
+        )
+    figures["seconds"] = seconds
+    return figures, drawn
+
+
+def _halves(data: Dataset, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Two disjoint random parts of the data, of ``count`` examples or half of all if fewer."""
+    count = min(count, len(data) // 2)
+    order = np.random.default_rng(0).permutation(len(data))
+    return data.to_unit(data.x[order[:count]]), data.to_unit(data.x[order[count : 2 * count]])
+
+
+def _judged(judge: Judge, data: Dataset, samples: np.ndarray) -> dict[str, Any]:
+    # Quantised as real images are: the judge has seen nothing between two grey levels.
+    made = data.to_unit(data.from_unit(samples))
+    first, second = _halves(data, len(made))
+    features = [judge.features(x) for x in (made[: len(first)], first, second)]
+    top = judge.probabilities(made)
+    shares = np.bincount(top.argmax(axis=1), minlength=top.shape[1]) / len(top)
+    return {
+        "frechet": {
+            "model_to_data": _rounded(metrics.frechet_distance(features[0], features[1])),
+            "data_to_data": _rounded(metrics.frechet_distance(features[1], features[2])),
+            "count": len(first),
+            "features": f"{judge.feature_size} penultimate features of the classifier",
+        },
+        "classifier": {
+            "held_out_accuracy": _rounded(judge.accuracy),
+            "mean_top_probability": _rounded(top.max(axis=1).mean()),
+            "mean_top_probability_of_data": _rounded(judge.probabilities(first).max(axis=1).mean()),
+            "class_shares": [_rounded(share) for share in shares],
+            "smallest_class_share": _rounded(shares.min()),
+        },
+    }
+
+
+def _sliced(key: jax.Array, data: Dataset, samples: np.ndarray) -> dict[str, Any]:
+    first, second = _halves(data, len(samples))
+    made = samples[: len(first)]
+    if data.levels is not None:
+        made = data.to_unit(data.from_unit(made))
+    distance = jax.jit(lambda x, y: metrics.sliced_wasserstein(key, x, y, directions=256))
+    return {
+        "sliced_wasserstein": {
+            "model_to_data": _rounded(distance(made, first)),
+            "data_to_data": _rounded(distance(first, second)),
+            "count": len(first),
+            "units": "of the data as the network sees them",
+        }
+    }
+
+
+def _rounded(value: Any) -> float | None:
+    """Five digits, and ``None`` for what is no number, so that the file stays plain JSON."""
+    number = float(value)
+    return float(f"{number:.5g}") if np.isfinite(number) else None

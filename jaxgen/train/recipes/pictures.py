@@ -1,0 +1,100 @@
+"""The pictures of a run. Matplotlib is imported inside the functions alone, without a display."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["draw_curves", "draw_grid", "draw_points"]
+
+
+def _figure(width: float, height: float) -> Any:
+    # A Figure of its own, not pyplot: nothing global is set, no window can open.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    """By rename, so that no half picture is left where a disk is full."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=110)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def mosaic(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images ``(n, h, w, c)`` in [0, 1] as one, with a line of one pixel between them."""
+    n, height, width, channels = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 0.5)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + 1) + 1, (i % columns) * (width + 1) + 1
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def draw_grid(path: Path, panels: Sequence[tuple[str, np.ndarray]], *, columns: int = 10) -> None:
+    """Panels of images side by side.
+
+    Args:
+      path: the PNG file.
+      panels: titles and images ``(n, h, w, c)`` in [-1, 1], ``c`` 1 or 3.
+      columns: images in a row of a panel.
+    """
+    figure = _figure(5.0 * len(panels), 5.4)
+    for axes, (title, images) in zip(
+        np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True
+    ):
+        sheet = mosaic(np.clip((np.nan_to_num(images) + 1) / 2, 0, 1), columns)
+        if sheet.shape[-1] == 1:
+            axes.imshow(sheet[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        else:
+            axes.imshow(sheet, interpolation="nearest")
+        axes.set_title(title)
+        axes.axis("off")
+    _save(figure, path)
+
+
+def draw_points(path: Path, panels: Sequence[tuple[str, np.ndarray]]) -> None:
+    """Scatter plots side by side, on the axes of the last one.
+
+    Args:
+      path: the PNG file.
+      panels: titles and points ``(n, d)``, of which the first two coordinates are drawn.
+    """
+    figure = _figure(4.6 * len(panels), 4.8)
+    last = panels[-1][1][:, :2]
+    low, high = last.min(axis=0), last.max(axis=0)
+    margin = 0.1 * (high - low) + 1e-6
+    for axes, (title, points) in zip(
+        np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True
+    ):
+        axes.scatter(points[:, 0], points[:, 1 % points.shape[1]], s=2, alpha=0.4, linewidths=0)
+        axes.set_xlim(low[0] - margin[0], high[0] + margin[0])
+        axes.set_ylim(low[-1] - margin[-1], high[-1] + margin[-1])
+        axes.set_title(title)
+    _save(figure, path)
+
+
+def draw_curves(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Loss, gradient norm and speed against the step, from the lines of ``metrics.jsonl``."""
+    figure = _figure(12.0, 3.4)
+    names = (
+        ("loss", "training loss"),
+        ("grad_norm", "norm of the gradient"),
+        ("examples_per_second", "examples per second"),
+    )
+    for axes, (name, title) in zip(figure.subplots(1, 3), names, strict=True):
+        steps = [line["step"] for line in lines if line.get(name) is not None]
+        axes.plot(steps, [line[name] for line in lines if line.get(name) is not None])
+        axes.set_xlabel("step")
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+    _save(figure, path)

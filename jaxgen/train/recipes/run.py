@@ -1,0 +1,243 @@
+"""A run and its folder: start, go on, extend, finish; and read a trained run back.
+
+The folder holds ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, and at the end
+``metrics.json``, ``samples.png`` and ``curves.png``. Everything is checked before anything is
+written.
+"""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxgen import train
+from jaxgen.train import data as datasets
+from jaxgen.train.manifest import replace_text
+from jaxgen.train.recipes import pictures
+from jaxgen.train.recipes.config import (
+    MAY_CHANGE,
+    ConfigError,
+    Resolved,
+    ScoreConfig,
+    field_names,
+    read_yaml,
+    resolve,
+    write_yaml,
+)
+from jaxgen.train.recipes.evaluate import Drawn, evaluate
+from jaxgen.train.recipes.score import Experiment, build
+from jaxgen.train.report import read_lines
+
+__all__ = ["Run", "measure", "open_run", "prepare", "stored_config", "train_run"]
+
+Say = Callable[[str], None]
+
+_EVALUATION = 0x0E7A1
+
+
+class Run(NamedTuple):
+    """A trained run read back.
+
+    Attributes:
+      experiment: what was trained.
+      params: the averaged parameters, on one device.
+      step: the step that they are of.
+    """
+
+    experiment: Experiment
+    params: Any
+    step: int
+
+
+def stored_config(out: Path) -> ScoreConfig | None:
+    """The configuration of the run in a folder, ``None`` if there is none.
+
+    Raises:
+      ConfigError: there is one that cannot be read.
+    """
+    path = out / "config.yaml"
+    return read_yaml(path, ScoreConfig()) if path.exists() else None
+
+
+def prepare(config: ScoreConfig, *, reschedule: bool = False) -> tuple[Experiment, int]:
+    """Check everything about a run that can be checked without writing.
+
+    Args:
+      config: what was asked for.
+      reschedule: let a run with a decaying learning rate go on to another number of steps.
+
+    Returns:
+      The experiment, and the step that its folder's newest checkpoint holds (0: none).
+
+    Raises:
+      DataError, ConfigError: the data or a setting cannot be used, or the folder holds another run.
+    """
+    data = datasets.load(config.data, image_size=config.image_size)
+    resolved = resolve(config, data.event)
+    experiment = build(resolved, data)
+    out = Path(resolved.out)
+    before = stored_config(out)
+    if before is None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"{out} exists and holds no run; choose another folder by --out")
+        return experiment, 0
+    differ = [
+        f"{name} {getattr(before, name)!r} there, {getattr(resolved, name)!r} now"
+        for name in field_names()
+        if name not in MAY_CHANGE and getattr(before, name) != getattr(resolved, name)
+    ]
+    if differ:
+        raise ConfigError(
+            f"{out} holds a run with another config ({', '.join(differ)}); choose another folder "
+            "by --out, or leave that flag out"
+        )
+    saved = train.saved_steps(out / "checkpoints")
+    step = saved[-1] if saved else 0
+    if step > resolved.steps:
+        raise ConfigError(
+            f"{out} holds a run at step {step}, past {resolved.steps}; choose more steps, or "
+            "another folder by --out"
+        )
+    if resolved.schedule == "cosine" and before.steps != resolved.steps and step and not reschedule:
+        raise ConfigError(
+            f"{out} holds a run whose learning rate falls to zero at step {before.steps}; to bend "
+            f"it towards {resolved.steps} steps give --reschedule too"
+        )
+    return experiment, step
+
+
+def finished(out: Path, steps: int) -> dict[str, Any] | None:
+    """The figures of a run that has come to ``steps``, ``None`` if it has not."""
+    try:
+        figures = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return figures if figures.get("step", -1) >= steps else None
+
+
+def _make_folder(out: Path, config: Resolved) -> None:
+    """Make the run's folder with its config; nothing is left of it if that cannot be written."""
+    missing = [path for path in (out, *out.parents) if not path.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_yaml(out / "config.yaml", config)
+    except OSError:
+        (out / "config.yaml.tmp").unlink(missing_ok=True)
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def train_run(
+    experiment: Experiment, *, progress: bool | None = None, say: Say = lambda line: None
+) -> dict[str, Any]:
+    """Train to the configured steps, from where the folder's run stands, and measure.
+
+    Raises:
+      Interrupted, Diverged, CheckpointError, OSError: see ``train.fit``.
+    """
+    config, out = experiment.config, Path(experiment.config.out)
+    dtype = jnp.dtype(config.precision) if config.precision != "float32" else None
+    devices = jax.devices()
+    mesh = train.data_mesh(batch=config.batch_size) if len(devices) > 1 else None
+    _make_folder(out, config)
+    step = train.make_train_step(
+        experiment.loss,
+        experiment.optimizer,
+        ema=config.ema,
+        clip=config.clip,
+        accumulate=config.accumulate,
+        dtype=dtype,
+    )
+    state = train.fit(
+        experiment.state(),
+        step,
+        datasets.batches(
+            experiment.train,
+            config.batch_size,
+            seed=config.seed,
+            process=jax.process_index(),
+            processes=jax.process_count(),
+        ),
+        config.steps,
+        out=out,
+        config=dataclasses.asdict(config),
+        progress=progress,
+        mesh=mesh,
+        report_every=config.report_every,
+        save_every=config.save_every,
+        save_seconds=config.save_seconds,
+        keep=config.keep,
+        config_may_change=MAY_CHANGE,
+    )
+    params = jax.device_put(state.ema, devices[0])
+    figures, _ = measure(Run(experiment, params, int(state.step)), say=say)
+    return figures
+
+
+def measure(run: Run, *, say: Say = lambda line: None) -> tuple[dict[str, Any], Drawn]:
+    """Evaluate a run and write ``metrics.json``, ``samples.png`` and ``curves.png``.
+
+    Raises:
+      OSError: the disk is full or the folder cannot be written.
+    """
+    experiment, config = run.experiment, run.experiment.config
+    out, start = Path(config.out), time.monotonic()
+    key = jax.random.fold_in(jax.random.key(config.seed), _EVALUATION)
+    figures, drawn = evaluate(key, experiment, run.params, say=say)
+    lines = read_lines(out / "metrics.jsonl", run.step)
+    data = experiment.train
+    title = f"{config.data}: generated, step {run.step}"
+    if data.is_image:
+        made, real = data.to_unit(data.from_unit(drawn.x[:100])), data.to_unit(data.x[:100])
+        pictures.draw_grid(out / "samples.png", [(title, made), ("real", real)])
+    else:
+        count = min(len(drawn.x), len(data))
+        pictures.draw_points(
+            out / "samples.png",
+            [(title, data.from_unit(drawn.x[:count])), ("real", data.x[:count])],
+        )
+    pictures.draw_curves(out / "curves.png", lines)
+    seconds = {
+        "training": lines[-1]["wall_seconds"] if lines else None,
+        "evaluation": round(time.monotonic() - start, 2),
+        **figures.pop("seconds"),
+    }
+    whole = {
+        "data": config.data,
+        "process": config.process,
+        "step": run.step,
+        "parameters": experiment.parameters(),
+        **figures,
+        "seconds": seconds,
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "jax": jax.__version__,
+    }
+    replace_text(out / "metrics.json", json.dumps(whole, indent=2) + "\n")
+    return whole, drawn
+
+
+def open_run(folder: Path) -> Run:
+    """Read a run back: its configuration, data, network and newest averaged parameters.
+
+    Raises:
+      ConfigError: the folder holds no run.
+      CheckpointError: it holds no checkpoint, or one that cannot be used.
+      DataError: its data are gone.
+    """
+    stored = stored_config(folder)
+    if stored is None:
+        raise ConfigError(f"{folder} holds no run (no config.yaml); make one by jaxgen train")
+    stored = dataclasses.replace(stored, out=str(folder))
+    data = datasets.load(stored.data, image_size=stored.image_size)
+    experiment = build(resolve(stored, data.event), data)
+    like = jax.eval_shape(experiment.state)
+    state = train.restore(folder / "checkpoints", like)
+    return Run(experiment, state.ema, int(state.step))

@@ -1,0 +1,211 @@
+r"""The score-based recipe: data, process, network, loss and optimiser, made from a configuration.
+
+The network always sees a state of unit variance and the noise level :math:`\log(\sigma/\alpha)/4`,
+whatever the process (``score.precondition``, arXiv 2206.00364): one network serves VP and VE alike.
+``prediction="edm"`` trains EDM's preconditioned denoiser, the other kinds predict directly.
+Dequantisation noise is drawn in the loss, from the step's key.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxgen import nets, process, score, solve
+from jaxgen.core import keys
+from jaxgen.core.arrays import left_broadcast
+from jaxgen.process import LinearSDE
+from jaxgen.score import Field
+from jaxgen.train.data import Dataset
+from jaxgen.train.recipes.config import ConfigError, Resolved
+from jaxgen.train.state import TrainState
+
+__all__ = ["Experiment", "build", "make_process"]
+
+DATA_RANGE = (-1.0, 1.0)
+# Radians per unit of log(sigma/alpha)/4 of the fastest time feature.
+_TIME_SCALE = 100.0
+
+
+def make_process(name: str, arguments: tuple[str, ...] = ()) -> LinearSDE:
+    """The process of this name, with numbers given as ``"name=value"``.
+
+    Raises:
+      ConfigError: an argument that it does not take, or that is no number in its range.
+    """
+    numbers: dict[str, float] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        try:
+            numbers[key] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ConfigError(f"process_args holds {argument!r}; expected name=number")
+    try:
+        return process.PROCESSES[name](**numbers)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"process_args do not suit {name}: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """Everything that a run is made of, but its state; made by ``build``.
+
+    Attributes:
+      config: the configuration.
+      train: the examples that are learned.
+      held_out: the examples that are not.
+      net: a Flax module, called as ``net.apply(params, x, t, label, train)``.
+      sde: the process.
+      sigma_data: root mean square of the training data as the network sees them.
+    """
+
+    config: Resolved
+    train: Dataset
+    held_out: Dataset
+    net: Any
+    sde: LinearSDE
+    sigma_data: float
+
+    @property
+    def prediction(self) -> str:
+        """What ``field`` predicts, one of ``score.PREDICTIONS``."""
+        return "data" if self.config.prediction == "edm" else self.config.prediction
+
+    @property
+    def dims(self) -> int:
+        """Entries of one example."""
+        return math.prod(self.train.event)
+
+    def init(self, key: jax.Array) -> Any:
+        """The network's first parameters."""
+        x = jnp.zeros((1, *self.train.event))
+        label = jnp.zeros((1,), jnp.int32) if self.config.labels else None
+        return self.net.init(key, x, jnp.zeros((1,)), label)
+
+    def field(
+        self, params: Any, label: jax.Array | None = None, *, dropout_key: jax.Array | None = None
+    ) -> Field:
+        """The network with these parameters as a field ``f(x, t)`` on batches.
+
+        Args:
+          params: from ``init``, or a trained ``TrainState.ema``.
+          label: int32 ``(batch,)`` in ``[0, num_classes]``, the last meaning "none"; ``None`` for
+            the whole distribution.
+          dropout_key: draws dropout, as in training.
+        """
+        train = dropout_key is not None and self.config.dropout > 0
+        rngs = {"dropout": dropout_key} if train else None
+
+        def net(x: jax.Array, t: jax.Array) -> jax.Array:
+            return self.net.apply(params, x, t, label, train, rngs=rngs)
+
+        if self.config.prediction == "edm":
+            return score.precondition(net, self.sde, self.sigma_data)
+        return self._direct(net)
+
+    def _direct(self, net: Field) -> Field:
+        sde = self.sde
+
+        def field(x: jax.Array, t: jax.Array) -> jax.Array:
+            alpha, sigma = sde.alpha(t), sde.sigma(t)
+            size = jnp.sqrt(sigma**2 + (alpha * self.sigma_data) ** 2)
+            level = jnp.clip(sde.log_snr(t), sde.log_snr(sde.t_max), sde.log_snr(sde.t_min))
+            out = net((x / left_broadcast(size, x)).astype(x.dtype), -level / 8)
+            # A score is of the order of 1/sigma, which a network is not asked to produce.
+            return out / left_broadcast(sigma, x) if self.prediction == "score" else out
+
+        return field
+
+    def to_model(self, key: jax.Array, x: jax.Array) -> jax.Array:
+        """Raw examples as the network is shown them: integers dequantised, floats scaled."""
+        if self.train.levels is None:
+            return (x - self.train.shift) / self.train.scale
+        return solve.dequantize(key, x, self.train.levels, data_range=DATA_RANGE)
+
+    def loss(self, key: jax.Array, params: Any, batch: Any) -> jax.Array:
+        """Per-example losses ``(n,)`` of a batch of raw examples."""
+        key_data, key_label, key_dropout, key_loss = jax.random.split(key, 4)
+        x0 = self.to_model(key_data, batch["x"])
+        label = None
+        if self.config.labels:
+            hidden = keys.uniform(key_label, x0.shape[:1]) < self.config.label_dropout
+            label = jnp.where(hidden, self.train.num_classes, batch["label"])
+        weighting = self.config.weighting
+        return score.denoising_loss(
+            key_loss,
+            self.field(params, label, dropout_key=key_dropout),
+            self.sde,
+            x0,
+            prediction=self.prediction,
+            weighting=score.weighting.edm(self.sigma_data) if weighting == "edm" else weighting,
+            time=self.config.times,
+        )
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Adam with a warm-up, and a decay if asked."""
+        config = self.config
+        rate: float | Callable[[Any], Any] = config.learning_rate
+        if config.schedule == "cosine":
+            rate = optax.warmup_cosine_decay_schedule(
+                0.0, config.learning_rate, config.warmup_steps, max(config.steps, 1)
+            )
+        elif config.warmup_steps:
+            rate = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+        return optax.adamw(rate, weight_decay=config.weight_decay)
+
+    def state(self) -> TrainState:
+        """The state before the first step, which the seed determines."""
+        key_init, key_run = jax.random.split(jax.random.key(self.config.seed))
+        return TrainState.create(key_run, self.init(key_init), self.optimizer)
+
+    def parameters(self) -> int:
+        """Number of parameters."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+def build(config: Resolved, data: Dataset) -> Experiment:
+    """The experiment of a configuration and its data.
+
+    Raises:
+      ConfigError: they do not fit together.
+    """
+    if config.labels and data.num_classes is None:
+        raise ConfigError(f"labels is set, but {data.name} has none; leave it out")
+    try:
+        train, held_out = data.split(config.held_out, config.seed)
+    except ValueError as error:
+        raise ConfigError(f"held_out does not suit the data: {error}") from None
+    dtype = jnp.dtype(config.precision) if config.precision != "float32" else None
+    shared = {
+        "width": config.width,
+        "num_classes": data.num_classes if config.labels else None,
+        "dropout": config.dropout,
+        "time_scale": _TIME_SCALE,
+        "dtype": dtype,
+    }
+    if data.is_image:
+        net: Any = nets.UNet(
+            **shared,
+            channel_mults=config.channel_mults,
+            blocks=config.blocks,
+            attention=config.attention,
+            patch=config.patch,
+        )
+    elif len(data.event) == 1:
+        net = nets.MLP(**shared, depth=config.blocks)
+    else:
+        raise ConfigError(f"{data.name} holds examples of shape {data.event}; no network fits them")
+    cell = 0.0 if data.levels is None else (2 / data.levels) ** 2 / 12
+    sigma_data = math.sqrt(float(np.mean(np.square(train.to_unit(train.x), dtype=float))) + cell)
+    sde = make_process(config.process, config.process_args)
+    return Experiment(config, train, held_out, net, sde, sigma_data)
