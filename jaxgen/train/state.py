@@ -19,14 +19,16 @@ from jaxgen.core import keys
 __all__ = ["TrainState"]
 
 
-def _own(leaf: Any) -> jax.Array:
-    """A strongly typed array with a buffer of its own, so that donating it deletes no other."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(
-            jnp.array(jax.random.key_data(leaf), copy=True), impl=jax.random.key_impl(leaf)
-        )
-    return jnp.array(leaf, dtype=dtype, copy=True)
+def _copy(leaf: jax.Array) -> jax.Array:
+    # With its dtype named, a weakly typed leaf becomes a strong one, and the step compiles once.
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.copy(leaf) if is_key else jnp.array(leaf, dtype=leaf.dtype, copy=True)
+
+
+@jax.jit
+def _own(tree: Any) -> Any:
+    """``tree`` in buffers of its own, so that donating it deletes no others."""
+    return jax.tree.map(_copy, tree)
 
 
 def _check_trainable(params: Any) -> None:
@@ -96,7 +98,7 @@ class TrainState:
             skipped=zero,
             skipped_in_a_row=zero,
         )
-        return jax.tree.map(_own, state)
+        return _own(state)
 
     def replace(self, **changes: Any) -> TrainState:
         """A copy with some attributes exchanged."""

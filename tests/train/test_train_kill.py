@@ -23,9 +23,9 @@ from jaxgen.core import keys
 out, steps, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 optimizer = optax.adam(3e-3)
 
-def init(key):
-    a, b = jax.random.split(key)
-    return {"a": jax.random.normal(a, (3, 32)), "b": jax.random.normal(b, (32, 2)) / 6}
+def init():
+    draw = np.random.default_rng(4).normal
+    return {"a": np.float32(draw(size=(3, 32))), "b": np.float32(draw(size=(32, 2)) / 6)}
 
 def network(params, x):
     return jnp.tanh(x @ params["a"][:2] + params["a"][2:]) @ params["b"]
@@ -43,7 +43,7 @@ def batches(examples):
             print(i // 8, flush=True)
         yield data[np.arange(i, i + 8) % 100]
 
-state = train.TrainState.create(jax.random.key(3), init(jax.random.key(4)), optimizer)
+state = train.TrainState.create(jax.random.key(3), init(), optimizer)
 step = train.make_train_step(loss_fn, optimizer, ema=0.99)
 try:
     state = train.fit(
@@ -53,10 +53,15 @@ try:
 except train.Interrupted as stopped:
     print("stopped:", stopped, flush=True)
     sys.exit(3)
-x = keys.normal(jax.random.key(5), (16, 2))
-sample = x - network(state.ema, x)
+
+@jax.jit
+def sample(key):
+    x = keys.normal(key, (16, 2))
+    return x - network(state.ema, x)
+
 leaves = jax.tree.leaves((state.params, state.ema, state.opt_state, state.step, state.examples))
-np.savez(f"{out}/end.npz", *leaves, jax.random.key_data(state.key), sample)
+np.savez(f"{out}/end.npz", *leaves, jax.random.key_data(state.key),
+         sample(jax.random.key(5)))
 """
 
 
