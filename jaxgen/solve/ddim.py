@@ -76,6 +76,10 @@ class DDIM(GridSolver):
             pairs.append((spread * scale, increment))
         return term.combine(x, a, *pairs), state
 
+    def additive_noise(self, numbers: Any) -> jax.Array | None:
+        """The deviation of the noise."""
+        return numbers[3]
+
     def order(self, terms: Any) -> int:
         """Of the deterministic solver."""
         return 1

@@ -8,7 +8,7 @@ Brownian path; every sample is then its own solve, with its own steps, count and
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import diffrax
 import equinox as eqx
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxgen.solve.semilinear import GridSolver, SemiLinearTerm, knots, progress_grid
 
-__all__ = ["Driven", "evaluations", "scan_grid", "scan_terms", "solve_one"]
+__all__ = ["Driven", "evaluations", "rising", "scan_carry", "scan_grid", "scan_terms", "solve_one"]
 
 Tick = Callable[[jax.Array], None] | None
 
@@ -49,20 +49,20 @@ _ONE_CALL = (
 
 def evaluations(solver: diffrax.AbstractSolver) -> tuple[int, int] | None:
     """Drift evaluations of one step and once per solve; ``None`` where they vary (implicit)."""
-    kind = type(solver)
+    kind, own = type(solver), cast(Any, solver)
     if issubclass(kind, diffrax.HalfSolver):
-        inner = evaluations(solver.solver)
+        inner = evaluations(own.solver)
         return None if inner is None else (3 * inner[0], inner[1])
     if issubclass(kind, _ONE_CALL):
         return 1, 0
     if issubclass(kind, diffrax.ReversibleHeun):
         return 1, 1
     if issubclass(kind, diffrax.AbstractERK):
-        stages, is_reused = solver.tableau.num_stages, solver.tableau.fsal
+        stages, is_reused = own.tableau.num_stages, own.tableau.fsal
         return (stages - 1, 1) if is_reused else (stages, 0)
     if issubclass(kind, diffrax.AbstractSRK):
-        skipped = solver.tableau.ignore_stage_f
-        return len(solver.tableau.b_sol) - (0 if skipped is None else int(skipped.sum())), 0
+        skipped = own.tableau.ignore_stage_f
+        return len(own.tableau.b_sol) - (0 if skipped is None else int(skipped.sum())), 0
     return None
 
 
@@ -85,7 +85,7 @@ def _match_varying(init: Any, like: Any) -> Any:
     return jax.tree.map(one, init, like)
 
 
-def _scan(body: Callable[..., Any], carry: Any, xs: Any) -> Any:
+def scan_carry(body: Callable[..., Any], carry: Any, xs: Any) -> Any:
     """``lax.scan`` of a body without outputs, whose carry may vary over more axes than its start.
 
     The carry's varying axes are found by tracing the body once; outside ``shard_map`` there are
@@ -120,35 +120,39 @@ def scan_grid(term: SemiLinearTerm, solver: GridSolver, x: jax.Array, tick: Tick
         return (x, state), None
 
     inputs = (jnp.arange(term.steps), u[:-1], u[1:], numbers)
-    x, _ = _scan(body, (x, solver.start(term, x)), inputs)
+    x, _ = scan_carry(body, (x, solver.start(term, x)), inputs)
     return Driven(x, solver.calls(term, numbers), diffrax.RESULTS.successful)
 
 
-class _Falling(diffrax.AbstractTerm):
-    """A term of falling time t as one of rising time -t."""
+class _Reversed(eqx.Module):
+    """A drift of falling time t as one of rising time -t."""
 
-    term: diffrax.AbstractTerm
+    drift: Any
 
-    def vf(self, t: Any, y: Any, args: Any) -> Any:
-        return self.term.vf(-t, y, args)
-
-    def contr(self, t0: Any, t1: Any, **kwargs: Any) -> Any:
-        return jax.tree.map(jnp.negative, self.term.contr(-t1, -t0, **kwargs))
-
-    def prod(self, vf: Any, control: Any) -> Any:
-        return self.term.prod(vf, control)
-
-    def vf_prod(self, t: Any, y: Any, args: Any, control: Any) -> Any:
-        return self.term.vf_prod(-t, y, args, control)
-
-    def is_vf_expensive(self, t0: Any, t1: Any, y: Any, args: Any) -> bool:
-        return self.term.is_vf_expensive(-t1, -t0, y, args)
+    def __call__(self, t: Any, y: Any, args: Any) -> Any:
+        return -self.drift(-t, y, args)
 
 
-def _falling(terms: Any) -> Any:
+class _AtFalling(eqx.Module):
+    """A diffusion of falling time t as one of rising time -t."""
+
+    diffusion: Any
+
+    def __call__(self, t: Any, y: Any, args: Any) -> Any:
+        return self.diffusion(-t, y, args)
+
+
+def rising(terms: Any) -> Any:
+    """Terms in raw time as terms in rising time -t; their path then is one over -t.
+
+    Diffrax can integrate backwards by itself, but its stochastic Runge-Kutta solvers take the
+    step's length for the drift's control there and so run it the wrong way (0.7.2).
+    """
     if isinstance(terms, diffrax.MultiTerm):
-        return diffrax.MultiTerm(*(_Falling(t) for t in terms.terms))
-    return _Falling(terms)
+        drift, diffusion = terms.terms
+        control = diffrax.ControlTerm(_AtFalling(diffusion.vector_field), diffusion.control)
+        return diffrax.MultiTerm(rising(drift), control)
+    return diffrax.ODETerm(_Reversed(terms.vector_field))
 
 
 def scan_terms(
@@ -158,17 +162,16 @@ def scan_terms(
     x: jax.Array,
     tick: Tick = None,
 ) -> Driven:
-    """Scan any diffrax solver over falling times, on terms in raw time.
+    """Scan any diffrax solver over rising times.
 
     Args:
-      terms: as ``solve.probability_flow`` or ``solve.reverse_sde`` give them.
+      terms: what the solver takes, see ``rising``.
       solver: any solver whose terms these are.
-      times: ``(steps + 1,)``, falling.
+      times: ``(steps + 1,)``, rising.
       x: initial state, float32 or wider.
       tick: called in the loop after each step with its number.
     """
-    terms, rising = _falling(terms), -times
-    state = solver.init(terms, rising[0], rising[1], x, None)
+    state = solver.init(terms, times[0], times[1], x, None)
     dynamic, static = eqx.partition(state, eqx.is_array)
 
     def body(carry: Any, inputs: Any) -> tuple[Any, None]:
@@ -185,8 +188,8 @@ def scan_terms(
 
     steps = times.shape[0] - 1
     code = diffrax.RESULTS.where(jnp.asarray(True), diffrax.RESULTS.successful, _FAILED)
-    inputs = (jnp.arange(steps), rising[:-1], rising[1:])
-    x, _, code = _scan(body, (x, dynamic, code), inputs)
+    inputs = (jnp.arange(steps), times[:-1], times[1:])
+    x, _, code = scan_carry(body, (x, dynamic, code), inputs)
     return Driven(x, _count(solver, steps), code)
 
 
@@ -211,11 +214,11 @@ def solve_one(
     """``diffeqsolve`` for one sample; outputs are NaN where it is not successful.
 
     Args:
-      terms: terms in progress or in raw time.
+      terms: terms in progress, or in rising time -t (``rising``).
       solver: whose terms these are.
-      times: the fixed grid, rising or falling; its ends are the interval.
+      times: the fixed grid, rising; its ends are the interval.
       x: initial state, float32 or wider.
-      controller: of the step size; the fixed grid if ``None``.
+      controller: of the step size, in the terms' time; the fixed grid if ``None``.
       adjoint: how to differentiate; diffrax's default if ``None``.
       max_steps: bound on the steps, accepted and rejected.
       meter: diffrax progress meter.

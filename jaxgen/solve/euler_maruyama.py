@@ -57,6 +57,10 @@ class EulerMaruyama(GridSolver):
             pairs.append((spread * scale, increment))
         return term.combine(x, a, *pairs), state
 
+    def additive_noise(self, numbers: Any) -> jax.Array | None:
+        """The deviation of the noise."""
+        return numbers[3]
+
     def strong_order(self, terms: Any) -> float:
         """One, since the noise is additive."""
         return 1.0

@@ -151,10 +151,11 @@ def ends_are_finite(
         t_start, t_end = known[0], known[-1]
     t_start, t_end = _ends(sde, t_start, t_end)
     plain = dataclasses.replace(sde, mu=None)
-    leaves = [checks.concrete(v) for v in (*jax.tree.leaves(plain), t_start, t_end)]
-    if any(v is None for v in leaves):
+    known_start, known_end = checks.concrete(t_start), checks.concrete(t_end)
+    is_traced = any(checks.concrete(v) is None for v in jax.tree.leaves(plain))
+    if known_start is None or known_end is None or is_traced:
         return False
-    times = np.append(np.ravel(leaves[-2]), leaves[-1])
+    times = np.append(np.ravel(known_start), known_end)
     with jax.ensure_compile_time_eval():
         return bool(_finite(plain, times))
 

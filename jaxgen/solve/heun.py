@@ -76,9 +76,9 @@ class Heun(GridSolver):
 
     def _raised(self, term: SemiLinearTerm, level: Level) -> tuple[Level, jax.Array, jax.Array]:
         """The churned level, the factor on ``x'`` and the noise's standard deviation."""
-        gamma = min(self.churn / term.steps, math.sqrt(2) - 1)
+        most = min(self.churn / term.steps, math.sqrt(2) - 1)
         s = level.sigma / level.alpha
-        gamma = jnp.where((s >= self.s_min) & (s <= self.s_max), gamma, 0.0)
+        gamma = jnp.where((s >= self.s_min) & (s <= self.s_max), most, 0.0)
         top = term.sde.log_snr(term.sde.t_max)
         lam = jnp.maximum(level.lam - jnp.log1p(gamma), 0.5 * top)
         is_moved = lam < level.lam
@@ -100,8 +100,8 @@ class Heun(GridSolver):
         half = 0.5 * (last.sigma - last.alpha * first.sigma / alpha)
         rates = (half, *term.conversion(first, "noise"), *term.conversion(last, "noise"))
         # Undefined numbers of a correction that is left out must not reach a gradient.
-        rates = tuple(jnp.where(wanted, r, 0.0) for r in rates)
-        return first.t, last.t, churned, to_data(term, first, last), wanted, rates
+        known = tuple(jnp.where(wanted, r, 0.0) for r in rates)
+        return first.t, last.t, churned, to_data(term, first, last), wanted, known
 
     def advance(
         self,

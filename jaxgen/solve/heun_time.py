@@ -27,10 +27,9 @@ class HeunTime(GridSolver):
         """Times, the step and the velocity's numbers at both ends."""
         h = last.t - first.t
         wanted = last.t > term.times[-1]
-        before, after = term.conversion(first, "velocity"), term.conversion(last, "velocity")
         # Undefined numbers of a correction that is left out must not reach a gradient.
-        after = tuple(jnp.where(wanted, r, 0.0) for r in after)
-        return first.t, last.t, h, wanted, before, after
+        after = tuple(jnp.where(wanted, r, 0.0) for r in term.conversion(last, "velocity"))
+        return first.t, last.t, h, wanted, term.conversion(first, "velocity"), after
 
     def advance(
         self,

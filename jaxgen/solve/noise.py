@@ -35,9 +35,9 @@ def sample_keys(key: jax.Array, batch: tuple[int, ...], first_index: ArrayLike) 
 
 def _needs_noise(solver: diffrax.AbstractSolver) -> bool:
     if isinstance(solver, GridSolver):
-        inner = solver
+        inner: Any = solver
         while not issubclass(type(inner), GridSolver):
-            inner = inner.solver  # type: ignore[attr-defined]
+            inner = inner.solver
         return inner.is_noisy
     return is_sde_solver(solver)
 
@@ -72,7 +72,7 @@ def sample_path(
       event: shape of a sample.
       x: the state, for its dtype.
       steps: intervals of the grid.
-      times: falling times of the grid; ``None`` for progress in [0, 1].
+      times: rising times of the grid; ``None`` for progress in [0, 1].
       brownian: see ``sample``.
       controller: see ``sample``.
 
@@ -94,7 +94,7 @@ def sample_path(
                 "controller or a HalfSolver"
             )
         return GridPath(key, event, x.dtype, steps, times, levy_area=levy_area)
-    t0, t1 = (0.0, 1.0) if times is None else (times[-1], times[0])
+    t0, t1 = (0.0, 1.0) if times is None else (times[0], times[-1])
     shape = jax.ShapeDtypeStruct(event, x.dtype)
     if callable(brownian):
         return brownian(key, shape, t0, t1)

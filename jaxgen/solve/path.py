@@ -17,10 +17,10 @@ from jax.typing import ArrayLike
 
 from jaxgen.core.arrays import at_least_f32, real_dtype
 
-__all__ = ["GridPath"]
+__all__ = ["AHEAD", "GridPath"]
 
 # Entries that are drawn before a loop rather than inside it.
-_AHEAD = 2**21
+AHEAD = 2**21
 
 # Variances of W, H and K over an interval of length one.
 _VARIANCES = (1.0, 1 / 12, 1 / 720)
@@ -52,6 +52,9 @@ class GridPath(diffrax.AbstractBrownianPath):
       (3,)
     """
 
+    # Diffrax declares its abstract fields as class variables to type checkers.
+    t0: Any  # type: ignore[misc]
+    t1: Any  # type: ignore[misc]
     keys: jax.Array
     times: jax.Array | None
     drawn: tuple[jax.Array, ...] | None
@@ -74,20 +77,14 @@ class GridPath(diffrax.AbstractBrownianPath):
         self.keys, self.event, self.dtype = keys, tuple(event), jnp.dtype(dtype)
         self.steps, self.levy_area = steps, levy_area
         self.times = None if times is None else jnp.asarray(times)
+        self.t0, self.t1 = 0.0, 1.0
+        if self.times is not None:
+            self.t0 = jnp.minimum(self.times[0], self.times[-1])
+            self.t1 = jnp.maximum(self.times[0], self.times[-1])
         if ahead is None:
             size = steps * keys.size * math.prod(self.event) * _orders(levy_area)
-            ahead = size <= _AHEAD
+            ahead = size <= AHEAD
         self.drawn = jax.vmap(self._draw)(jnp.arange(steps)) if ahead else None
-
-    @property
-    def t0(self) -> ArrayLike:
-        """Where the grid begins in rising time."""
-        return 0.0 if self.times is None else jnp.minimum(self.times[0], self.times[-1])
-
-    @property
-    def t1(self) -> ArrayLike:
-        """Where the grid ends in rising time."""
-        return 1.0 if self.times is None else jnp.maximum(self.times[0], self.times[-1])
 
     def _draw(self, n: jax.Array) -> tuple[jax.Array, ...]:
         """Standard normals of interval ``n``, one array for each of W, H and K in use."""

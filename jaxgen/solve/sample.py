@@ -7,23 +7,23 @@ correctors and the published grid run in the predictor-corrector loop (``drivers
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import diffrax
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxgen.core import checks, keys
-from jaxgen.core.arrays import batch_event
 from jaxgen.process.linear import LinearSDE
-from jaxgen.score.prediction import PREDICTIONS, Field, convert
-from jaxgen.solve.drivers import Driven, scan_grid, scan_terms, solve_one
+from jaxgen.score.prediction import Field
+from jaxgen.solve.drivers import Driven, rising, scan_grid, scan_terms, solve_one
 from jaxgen.solve.grids import ends_are_finite, make_grid
 from jaxgen.solve.meter import Ticker
-from jaxgen.solve.noise import Brownian, is_sde_solver, sample_keys, sample_path
+from jaxgen.solve.noise import Brownian, sample_keys, sample_path
+from jaxgen.solve.predictor_corrector import predictor_corrector
 from jaxgen.solve.registry import resolve
 from jaxgen.solve.semilinear import GridSolver, SemiLinearTerm, knots, progress_grid
+from jaxgen.solve.state import Sample, Start, finish, start
 from jaxgen.solve.terms import (
     FieldCall,
     arrays_of,
@@ -36,71 +36,36 @@ from jaxgen.solve.terms import (
 __all__ = ["Sample", "sample"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """Samples and what they were made with.
-
-    Attributes:
-      x: samples, of the shape and dtype asked for; NaN where ``result`` is not successful.
-      nfe: field evaluations, int32: ``()``, or ``(batch,)`` where each sample was its own solve;
-        -1 where the solver does not tell (implicit ones).
-      result: ``diffrax.RESULTS``, ``()`` or ``(batch,)``; ``nonfinite`` where ``x`` is.
-      times: the grid, ``(steps + 1,)`` or ``(steps + 1, batch)``; the two ends if adaptive.
-      solver: name of the solver (static).
-      prediction: what the field predicts (static).
-      steps: intervals of the grid (static).
-      grid: the grid's name, ``"array"`` for a given one, ``"adaptive"`` under a controller.
-      corrector: name of the corrector, ``None`` without (static).
-      last_step: ``"solver"``, ``"mean"`` (noise-free last step of the predictor-corrector loop)
-        or ``"denoise"`` (data prediction at ``t_end``) (static).
-    """
-
-    x: jax.Array
-    nfe: jax.Array
-    result: Any
-    times: jax.Array
-    solver: str = dataclasses.field(metadata={"static": True})
-    prediction: str = dataclasses.field(metadata={"static": True})
-    steps: int = dataclasses.field(metadata={"static": True})
-    grid: str = dataclasses.field(metadata={"static": True})
-    corrector: str | None = dataclasses.field(metadata={"static": True})
-    last_step: str = dataclasses.field(metadata={"static": True})
-
-
 @dataclasses.dataclass(frozen=True)
 class _Job:
     """What the drivers need, resolved."""
 
-    key: jax.Array
+    begun: Start
     field: Field
     sde: LinearSDE
     solver: diffrax.AbstractSolver
     prediction: str
     times: jax.Array
     is_finite: bool
-    x: jax.Array
-    event_ndim: int | None
-    dtype: Any
     first_index: ArrayLike
-
-    @property
-    def batch(self) -> tuple[int, ...]:
-        return batch_event(self.x, self.event_ndim)[0]
 
     @property
     def steps(self) -> int:
         return self.times.shape[0] - 1
 
+    @property
+    def event_ndim(self) -> int | None:
+        return None if self.begun.batch else self.begun.x.ndim
+
     def keys(self) -> jax.Array:
-        return sample_keys(self.key, self.batch, self.first_index)
+        return sample_keys(self.begun.key, self.begun.batch, self.first_index)
 
 
 def _semilinear(
     job: _Job, sde: LinearSDE, field: Field, times: jax.Array, path: Any, event_ndim: int | None
 ) -> SemiLinearTerm:
     return SemiLinearTerm(
-        FieldCall(field, event_ndim, job.dtype),
+        FieldCall(field, event_ndim, job.begun.field_dtype),
         arrays_of(sde),
         times,
         path,
@@ -112,34 +77,37 @@ def _semilinear(
 def _raw(
     job: _Job, sde: LinearSDE, field: Field, path: Any, event_ndim: int | None
 ) -> diffrax.AbstractTerm:
-    options = {"prediction": job.prediction, "event_ndim": event_ndim, "dtype": job.dtype}
+    options: dict[str, Any] = {
+        "prediction": job.prediction,
+        "event_ndim": event_ndim,
+        "dtype": job.begun.field_dtype,
+    }
     if path is None:
-        return probability_flow(field, sde, **options)
-    return reverse_sde(field, sde, path, **options)
+        return rising(probability_flow(field, sde, **options))
+    return rising(reverse_sde(field, sde, path, **options))
 
 
 def _scan(job: _Job, tick: Any) -> Driven:
-    x, solver = job.x, job.solver
+    x, event, solver = job.begun.x, job.begun.event, job.solver
     if issubclass(type(solver), GridSolver):
-        path = sample_path(solver, job.keys(), batch_event(x, job.event_ndim)[1], x, job.steps)
+        path = sample_path(solver, job.keys(), event, x, job.steps)
         term = _semilinear(job, job.sde, job.field, job.times, path, job.event_ndim)
-        return scan_grid(term, solver, x, tick)
+        return scan_grid(term, cast(GridSolver, solver), x, tick)
     if isinstance(solver, GridSolver):
         raise ValueError(
             f"solver {type(solver).__name__} takes part steps; pass a controller for diffeqsolve"
         )
-    event = batch_event(x, job.event_ndim)[1]
     if job.times.ndim == 1:
-        path = sample_path(solver, job.keys(), event, x, job.steps, job.times)
+        path = sample_path(solver, job.keys(), event, x, job.steps, -job.times)
         terms = _raw(job, job.sde, job.field, path, job.event_ndim)
-        return scan_terms(terms, solver, job.times, x, tick)
+        return scan_terms(terms, solver, -job.times, x, tick)
 
     def one(sde: LinearSDE, x: jax.Array, key: jax.Array, times: jax.Array) -> Driven:
         path = sample_path(solver, key, event, x, job.steps, times)
         terms = _raw(job, sde, on_single(job.field), path, x.ndim)
         return scan_terms(terms, solver, times, x, tick)
 
-    driven = map_samples(one, job.sde, x, job.keys(), job.times.T)
+    driven = map_samples(one, job.sde, x, job.keys(), -job.times.T)
     return driven._replace(nfe=driven.nfe[0])
 
 
@@ -155,10 +123,17 @@ def _diffeq(
     is_adaptive = isinstance(controller, diffrax.AbstractAdaptiveStepSizeController)
     if is_adaptive and not isinstance(solver, diffrax.AbstractAdaptiveSolver):
         raise ValueError(
-            f"controller is adaptive and solver {type(solver).__name__} estimates no error; wrap it "
-            "in diffrax.HalfSolver, or take an adaptive solver such as diffrax.Tsit5()"
+            f"controller is adaptive and solver {type(solver).__name__} estimates no error; "
+            "wrap it in diffrax.HalfSolver, or take an adaptive solver such as diffrax.Tsit5()"
         )
-    options = {"controller": controller, "adjoint": adjoint, "max_steps": max_steps, "meter": meter}
+    if controller is not None and not isinstance(solver, GridSolver):
+        controller = controller.wrap(-1)  # its times are raw, the terms' are negated
+    options: dict[str, Any] = {
+        "controller": controller,
+        "adjoint": adjoint,
+        "max_steps": max_steps,
+        "meter": meter,
+    }
 
     def one(sde: LinearSDE, x: jax.Array, key: jax.Array, times: jax.Array, field: Field) -> Driven:
         event = x.shape
@@ -172,30 +147,15 @@ def _diffeq(
                 numbers = jax.vmap(lambda a, b: solver.coefficients(term, a, b))(first, last)
                 calls = solver.calls(term, numbers)
             return solve_one(term, solver, u, x, calls=calls, **options)
-        path = sample_path(solver, key, event, x, job.steps, times, brownian, controller)
+        path = sample_path(solver, key, event, x, job.steps, -times, brownian, controller)
         terms = _raw(job, sde, field, path, x.ndim)
-        return solve_one(terms, solver, times, x, **options)
+        return solve_one(terms, solver, -times, x, **options)
 
-    if not job.batch:
-        return one(job.sde, job.x, job.keys(), job.times, job.field)
+    if not job.begun.batch:
+        return one(job.sde, job.begun.x, job.keys(), job.times, job.field)
     times = job.times if job.times.ndim == 2 else job.times[:, None]
-    times = jnp.broadcast_to(times, (job.steps + 1, *job.batch)).T
-    return map_samples(one, job.sde, job.x, job.keys(), times, field=on_single(job.field))
-
-
-def _nonfinite(driven: Driven, batch: tuple[int, ...]) -> Any:
-    """The result codes, ``nonfinite`` where a sample is."""
-    axes = tuple(range(len(batch), driven.x.ndim))
-    is_finite = jnp.all(jnp.isfinite(driven.x), axis=axes)
-    codes = jax.tree.map(
-        lambda v: v if v.shape == batch else jnp.broadcast_to(v, batch), driven.result
-    )
-
-    def one(is_finite: jax.Array, code: Any) -> Any:
-        is_fine = is_finite | (code != diffrax.RESULTS.successful)
-        return diffrax.RESULTS.where(is_fine, code, diffrax.RESULTS.nonfinite)
-
-    return jax.vmap(one)(is_finite, codes) if batch else one(is_finite, codes)
+    times = jnp.broadcast_to(times, (job.steps + 1, *job.begun.batch)).T
+    return map_samples(one, job.sde, job.begun.x, job.keys(), times, field=on_single(job.field))
 
 
 def sample(
@@ -280,85 +240,59 @@ def sample(
       >>> out.x.shape, int(out.nfe)
       ((4, 2), 10)
     """
-    keys.check(key)
-    checks.one_of("prediction", prediction, PREDICTIONS)
     name, entry, made = resolve(solver)
-    shape = tuple(shape)
-    batch, event = batch_event(shape, event_ndim)
-    if dtype is None:
-        dtype = jnp.zeros(()).dtype if x_init is None else jnp.asarray(x_init).dtype
-    dtype = checks.floating("dtype", jnp.zeros((), dtype), allow_complex=True).dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
     grid = entry.grid if grid is None else grid
-    if steps is None and isinstance(grid, str):
-        steps = entry.steps
-    if not isinstance(grid, str):
-        steps = jnp.shape(grid)[0] - 1 if steps is None and jnp.ndim(grid) else steps
-
-    key_start, key_loop = jax.random.split(key)
-    if x_init is None:
-        x = _prior(key_start, sde, batch, event, wide, first_index)
-    else:
-        x = checks.floating("x_init", x_init, allow_complex=True).astype(wide)
-        if x.shape != shape:
-            raise ValueError(f"x_init has shape {x.shape}; expected shape {shape}")
+    if steps is None:
+        steps = entry.steps if isinstance(grid, str) else max(jnp.size(grid) - 1, 1)
     uses_diffeq = any(v is not None for v in (controller, adjoint, brownian))
-
-    times = make_grid(grid, sde, steps, t_start=t_start, t_end=t_end, batch=batch, dtype=wide)
-    job = _Job(
-        key_loop,
-        field,
-        sde,
-        made,
-        prediction,
-        times,
-        ends_are_finite(sde, grid, t_start, t_end),
-        x,
-        event_ndim,
-        dtype if dtype != wide else None,
-        first_index,
+    if made is None or corrector is not None or (isinstance(grid, str) and grid == "score_sde"):
+        if uses_diffeq:
+            raise ValueError(
+                "controller, adjoint and brownian are for diffeqsolve; solver "
+                f"{name} with corrector {corrector} on grid {grid} runs in the predictor-corrector "
+                "loop, whose noise is its own"
+            )
+        return predictor_corrector(
+            key,
+            field,
+            sde,
+            shape,
+            predictor=solver,
+            corrector=corrector,
+            steps=steps,
+            prediction=prediction,
+            grid=grid,
+            x_init=x_init,
+            t_start=t_start,
+            t_end=t_end,
+            progress=progress,
+            denoise_last=denoise_last,
+            dtype=dtype,
+            event_ndim=event_ndim,
+            first_index=first_index,
+        )
+    begun = start(key, sde, shape, x_init, prediction, dtype, event_ndim, first_index)
+    times = make_grid(
+        grid, sde, steps, t_start=t_start, t_end=t_end, batch=begun.batch, dtype=begun.x.dtype
     )
+    is_finite = ends_are_finite(sde, grid, t_start, t_end)
+    job = _Job(begun, field, sde, made, prediction, times, is_finite, first_index)
     if uses_diffeq:
         meter = diffrax.TqdmProgressMeter() if progress is True else (progress or None)
         driven = _diffeq(job, controller, adjoint, brownian, max_steps, meter)
     else:
         driven = _scan(job, Ticker(job.steps, f"sample {name}") if progress else None)
-
-    x, nfe = driven.x, driven.nfe
-    if denoise_last:
-        call = FieldCall(field, event_ndim, job.dtype)
-        end = jnp.broadcast_to(times[-1], batch)
-        x = convert(call(x, end), x, end, sde, prediction, "data")
-        nfe = jnp.where(nfe < 0, nfe, nfe + 1)
     is_adaptive = isinstance(controller, diffrax.AbstractAdaptiveStepSizeController)
-    return Sample(
-        x=x.astype(dtype),
-        nfe=nfe,
-        result=_nonfinite(driven._replace(x=x), batch),
-        times=times[jnp.array([0, -1])] if is_adaptive else times,
-        solver=name,
+    return finish(
+        begun,
+        field,
+        sde,
+        *driven,
+        times[jnp.array([0, -1])] if is_adaptive else times,
         prediction=prediction,
+        denoise_last=denoise_last,
+        solver=name,
         steps=job.steps,
         grid="adaptive" if is_adaptive else grid if isinstance(grid, str) else "array",
         corrector=None,
-        last_step="denoise" if denoise_last else "solver",
     )
-
-
-def _prior(
-    key: jax.Array,
-    sde: LinearSDE,
-    batch: tuple[int, ...],
-    event: tuple[int, ...],
-    dtype: Any,
-    first_index: ArrayLike,
-) -> jax.Array:
-    """The prior, sample ``i`` from ``fold_in(key, first_index + i)``."""
-    if not batch:
-        return sde.prior_sample(key, event, dtype=dtype, event_ndim=len(event))
-
-    def one(sde: LinearSDE, x: jax.Array, key: jax.Array) -> jax.Array:
-        return sde.prior_sample(key, event, dtype=dtype, event_ndim=x.ndim)
-
-    like = jnp.zeros((*batch, *event), dtype)
-    return map_samples(one, sde, like, sample_keys(key, batch, first_index))

@@ -208,6 +208,11 @@ class GridSolver(diffrax.AbstractItoSolver):
         del numbers
         return jnp.asarray(term.steps, jnp.int32)
 
+    def additive_noise(self, numbers: Any) -> jax.Array | None:
+        """Standard deviation of noise that a step adds last; ``None`` where it does not."""
+        del numbers
+        return None
+
     # --- as diffrax sees it -----------------------------------------------------------------------
 
     def init(self, terms: Any, t0: Any, t1: Any, y0: jax.Array, args: Any) -> Any:
@@ -224,7 +229,7 @@ class GridSolver(diffrax.AbstractItoSolver):
         args: Any,
         solver_state: Any,
         made_jump: Any,
-    ) -> tuple[jax.Array, None, dict[str, jax.Array], Any, diffrax.RESULTS]:
+    ) -> tuple[jax.Array, None, dict[str, jax.Array], Any, Any]:
         """One step of ``diffeqsolve``, over any interval of progress."""
         del args, made_jump
         term = _unwrap(terms)

@@ -206,6 +206,10 @@ def reverse_sde(
     Returns:
       A ``MultiTerm`` of an ``ODETerm`` and a ``ControlTerm`` with a diagonal operator.
 
+    Diffrax 0.7.2 runs its stochastic Runge-Kutta solvers (``AbstractSRK``: ShARK, SEA, SRA1, ...)
+    the wrong way on a backward solve; ``solve.sample`` serves them, ``diffeqsolve`` with this term
+    does not.
+
     Raises:
       ValueError: an unknown ``prediction``; when solving, a field output of another shape.
       TypeError: when solving, an integer output, or a complex one for a real state.
