@@ -85,7 +85,7 @@ class Classifier(nn.Module):
             )
         check_resolution(x.shape, 2 ** len(self.widths), len(self.widths))
         h = x.astype(self.dtype or x.dtype)
-        condition = nn.swish(self.embedding(t)).astype(h.dtype) if self.conditional else None
+        condition = None if t is None else nn.swish(self.embedding(t)).astype(h.dtype)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             h = norm(conv(h))
             if condition is not None:
