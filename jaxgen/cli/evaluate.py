@@ -4,13 +4,14 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from jaxgen.cli.errors import CommandError
 from jaxgen.cli.flags import parse
 from jaxgen.cli.report import figures_text
-from jaxgen.cli.runs import check_solver
+from jaxgen.cli.runs import check_run, check_solver, explained
 
 __all__ = ["run"]
 
@@ -42,6 +43,7 @@ class Evaluate:
 def run(words: Sequence[str]) -> int:
     """Carry out ``jaxgen evaluate``."""
     args = parse(Evaluate, words, prog=PROG)
+    check_run(args.dir)
     if args.solver is not None or args.steps is not None:
         check_solver(args.solver or "heun", args.steps)
     if (args.n is not None and args.n < 2) or (args.likelihood is not None and args.likelihood < 1):
@@ -61,12 +63,12 @@ def run(words: Sequence[str]) -> int:
         "solver_steps": steps,
     }
     experiment = trained.experiment
-    config = dataclasses.replace(
-        experiment.config, **{name: v for name, v in changes.items() if v is not None}
-    )
+    given: dict[str, Any] = {name: v for name, v in changes.items() if v is not None}
+    config = dataclasses.replace(experiment.config, **given)
     experiment = dataclasses.replace(experiment, config=config)
-    figures, _ = measure(
-        trained._replace(experiment=experiment), say=lambda line: print(line, file=sys.stderr)
-    )
+    with explained():
+        figures, _ = measure(
+            trained._replace(experiment=experiment), say=lambda line: print(line, file=sys.stderr)
+        )
     print(figures_text(figures))
     return 0

@@ -53,9 +53,9 @@ def _plain(text: str) -> str:
             if lines and not lines[-1].endswith(";"):
                 lines[-1] = lines[-1].rstrip(".") + ";"
             continue
-        if line.startswith("Argument helptext"):
+        if line.startswith(("Argument helptext", "Got errors")):
             break
-        if line.startswith("For full helptext"):
+        if line.startswith("For full helptext") or line.endswith("--help"):
             continue
         lines.append(line)
     return " ".join(lines).strip("; ") or "the flags were not understood"

@@ -1,5 +1,7 @@
 """What the commands on a trained run share: the folder, the solver, where a result is written."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,19 @@ import numpy as np
 
 from jaxgen.cli.errors import CommandError
 
-__all__ = ["check_out", "check_solver", "write_npz"]
+__all__ = ["check_out", "check_run", "check_solver", "explained", "write_npz"]
+
+
+def check_run(folder: Path) -> None:
+    """Refuse a folder that holds no run.
+
+    Raises:
+      CommandError: how to make one.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise CommandError(
+            f"{folder} holds no run (no config.yaml); make one by jaxgen train --out {folder}"
+        )
 
 
 def check_solver(name: str, steps: int | None) -> None:
@@ -35,6 +49,15 @@ def check_out(path: Path, suffixes: tuple[str, ...]) -> Path:
     if not path.parent.is_dir():
         raise CommandError(f"--out {path}: there is no folder {path.parent}; make it first")
     return path
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """A solver that does not suit the process, say, is the caller's mistake, not a fault."""
+    try:
+        yield
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def write_npz(path: Path, **arrays: Any) -> None:

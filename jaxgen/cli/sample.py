@@ -9,7 +9,7 @@ import tyro
 
 from jaxgen.cli.errors import CommandError
 from jaxgen.cli.flags import parse
-from jaxgen.cli.runs import check_out, check_solver, write_npz
+from jaxgen.cli.runs import check_out, check_run, check_solver, explained, write_npz
 
 __all__ = ["run"]
 
@@ -25,7 +25,7 @@ class Sample:
       jaxgen sample runs/digits-vp --n 100
       jaxgen sample runs/digits-vp --solver ddim --steps 10 --seed 7 --out ten-steps.png
       jaxgen sample runs/digits-vp --n 5000 --out digits.npz
-      jaxgen sample runs/labelled --label 3 --guidance 1
+      jaxgen sample runs/labelled --label 3 --guidance 2
     """
 
     dir: tyro.conf.Positional[Path]
@@ -42,13 +42,14 @@ class Sample:
     """A picture (.png), or the samples in the data's units (.npz); by default DIR/sampled.png."""
     label: int | None = None
     """A class, for a run that was trained with --labels."""
-    guidance: float = 0.0
-    """Strength of classifier-free guidance towards the label."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance: 1 samples the label, more presses it, 0 ignores it."""
 
 
 def run(words: Sequence[str]) -> int:
     """Carry out ``jaxgen sample``."""
     args = parse(Sample, words, prog=PROG)
+    check_run(args.dir)
     out = check_out(args.out or args.dir / "sampled.png", (".png", ".npz"))
     check_solver(args.solver, args.steps)
     if args.n < 1 or args.seed < 0:
@@ -63,7 +64,7 @@ def run(words: Sequence[str]) -> int:
 
     trained = open_run(args.dir)
     _check_label(args, trained.experiment)
-    with meter(args.n, description="sampling", unit="sample") as bar:
+    with meter(args.n, description="sampling", unit="sample") as bar, explained():
         drawn = draw(
             jax.random.key(args.seed),
             trained.experiment,
@@ -95,7 +96,7 @@ def run(words: Sequence[str]) -> int:
 
 def _check_label(args: Sample, experiment: Any) -> None:
     if args.label is None:
-        if args.guidance:
+        if args.guidance != 1:
             raise CommandError("--guidance needs a --label to guide towards")
         return
     if not experiment.config.labels:

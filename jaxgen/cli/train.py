@@ -4,7 +4,6 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import tyro
 
@@ -70,7 +69,7 @@ def run(words: Sequence[str]) -> int:
 
     from jaxgen.train.recipes import run as runs
 
-    experiment, step = runs.prepare(args.run, reschedule=args.reschedule)
+    experiment = runs.prepare(args.run, reschedule=args.reschedule)
     config = experiment.config
     out = Path(config.out)
     figures = runs.finished(out, config.steps)
@@ -83,19 +82,7 @@ def run(words: Sequence[str]) -> int:
         if not args.quiet:
             print(line, file=sys.stderr, flush=True)
 
-    say(_opening(experiment, step))
     figures = runs.train_run(experiment, progress=False if args.quiet else None, say=say)
     print(figures_text(figures))
     print(f"see {out / 'samples.png'}, {out / 'curves.png'} and {out / 'metrics.json'}")
     return 0
-
-
-def _opening(experiment: Any, step: int) -> str:
-    config = experiment.config
-    start = f"going on with {config.out} at step {step}" if step else f"a new run in {config.out}"
-    return (
-        f"{start}: {config.data}, {len(experiment.train)} examples to learn and "
-        f"{len(experiment.held_out)} held out; {config.process}; "
-        f"{type(experiment.net).__name__} of {experiment.parameters():,} parameters; "
-        f"{config.steps} steps of {config.batch_size}"
-    )

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen import metrics, solve
+from jaxgen import guide, metrics, solve
+from jaxgen.score import Field
 from jaxgen.train.data import Dataset
 from jaxgen.train.recipes.classifier import Judge, train_judge
 from jaxgen.train.recipes.score import DATA_RANGE, Experiment
@@ -47,7 +48,7 @@ def draw(
     solver: str = "heun",
     steps: int | None = None,
     label: int | None = None,
-    guidance: float = 0.0,
+    guidance: float = 1.0,
     advance: Callable[[int], None] | None = None,
 ) -> Drawn:
     """Draw samples in chunks of one size; the first ``k`` of ``n`` are the same whatever ``n``.
@@ -60,7 +61,7 @@ def draw(
       solver: a name of ``solve.SOLVERS``.
       steps: its steps; ``None`` for the solver's default.
       label: a class that the network was trained with.
-      guidance: strength of classifier-free guidance towards the label; 0 is none.
+      guidance: scale of classifier-free guidance; 1 samples the label, more presses it.
       advance: called with the number of samples done after each chunk.
 
     Raises:
@@ -72,7 +73,7 @@ def draw(
     def chunk(key: jax.Array, params: Any, first: jax.Array) -> solve.Sample:
         return solve.sample(
             key,
-            conditional_field(experiment, params, CHUNK, label, guidance),
+            conditional_field(experiment, params, label, guidance),
             experiment.sde,
             (CHUNK, *experiment.train.event),
             solver=solver,
@@ -99,21 +100,17 @@ def draw(
 
 
 def conditional_field(
-    experiment: Experiment, params: Any, batch: int, label: int | None, guidance: float
-) -> Any:
-    """The field of one label for a batch of this size, guided if asked; without one, of all."""
+    experiment: Experiment, params: Any, label: int | None, guidance: float
+) -> Field:
+    """The field of one label, guided (``guide.classifier_free_labels``); without one, of all."""
     if label is None:
         return experiment.field(params)
-    towards = experiment.field(params, jnp.full((batch,), label, jnp.int32))
-    if guidance == 0:
-        return towards
-    away = experiment.field(params, jnp.full((batch,), experiment.train.num_classes, jnp.int32))
-
-    def field(x: jax.Array, t: jax.Array) -> jax.Array:
-        one, other = towards(x, t), away(x, t)
-        return one + guidance * (one - other)
-
-    return field
+    return guide.classifier_free_labels(
+        lambda x, t, labels: experiment.field(params, labels)(x, t),
+        label,
+        np.int32(experiment.train.num_classes or 0),
+        guidance,
+    )
 
 
 def likelihood(

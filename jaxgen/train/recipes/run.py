@@ -65,7 +65,7 @@ def stored_config(out: Path) -> ScoreConfig | None:
     return read_yaml(path, ScoreConfig()) if path.exists() else None
 
 
-def prepare(config: ScoreConfig, *, reschedule: bool = False) -> tuple[Experiment, int]:
+def prepare(config: ScoreConfig, *, reschedule: bool = False) -> Experiment:
     """Check everything about a run that can be checked without writing.
 
     Args:
@@ -73,7 +73,7 @@ def prepare(config: ScoreConfig, *, reschedule: bool = False) -> tuple[Experimen
       reschedule: let a run with a decaying learning rate go on to another number of steps.
 
     Returns:
-      The experiment, and the step that its folder's newest checkpoint holds (0: none).
+      The experiment; its folder is new, empty, or holds an earlier part of the same run.
 
     Raises:
       DataError, ConfigError: the data or a setting cannot be used, or the folder holds another run.
@@ -86,7 +86,7 @@ def prepare(config: ScoreConfig, *, reschedule: bool = False) -> tuple[Experimen
     if before is None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{out} exists and holds no run; choose another folder by --out")
-        return experiment, 0
+        return experiment
     differ = [
         f"{name} {getattr(before, name)!r} there, {getattr(resolved, name)!r} now"
         for name in field_names()
@@ -109,7 +109,7 @@ def prepare(config: ScoreConfig, *, reschedule: bool = False) -> tuple[Experimen
             f"{out} holds a run whose learning rate falls to zero at step {before.steps}; to bend "
             f"it towards {resolved.steps} steps give --reschedule too"
         )
-    return experiment, step
+    return experiment
 
 
 def finished(out: Path, steps: int) -> dict[str, Any] | None:
@@ -128,11 +128,27 @@ def _make_folder(out: Path, config: Resolved) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_yaml(out / "config.yaml", config)
     except OSError:
-        (out / "config.yaml.tmp").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (out / "config.yaml.tmp").unlink()
         for path in missing:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
+
+
+def _opening(experiment: Experiment) -> str:
+    config = experiment.config
+    saved = train.saved_steps(Path(config.out) / "checkpoints")
+    if saved:
+        start = f"going on with {config.out} at step {saved[-1]}"
+    else:
+        start = f"a new run in {config.out}"
+    return (
+        f"{start}: {config.data}, {len(experiment.train)} examples to learn and "
+        f"{len(experiment.held_out)} held out; {config.process}; "
+        f"{type(experiment.net).__name__} of {experiment.parameters():,} parameters; "
+        f"{config.steps} steps of {config.batch_size}"
+    )
 
 
 def train_run(
@@ -148,6 +164,7 @@ def train_run(
     devices = jax.devices()
     mesh = train.data_mesh(batch=config.batch_size) if len(devices) > 1 else None
     _make_folder(out, config)
+    say(_opening(experiment))
     step = train.make_train_step(
         experiment.loss,
         experiment.optimizer,

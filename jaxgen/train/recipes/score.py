@@ -186,7 +186,7 @@ def build(config: Resolved, data: Dataset) -> Experiment:
     except ValueError as error:
         raise ConfigError(f"held_out does not suit the data: {error}") from None
     dtype = jnp.dtype(config.precision) if config.precision != "float32" else None
-    shared = {
+    shared: dict[str, Any] = {
         "width": config.width,
         "num_classes": data.num_classes if config.labels else None,
         "dropout": config.dropout,
