@@ -280,7 +280,7 @@ class _Runner:
         self.save()
 
     def check_skipped(self, metrics: Metrics) -> None:
-        in_a_row = int(metrics.skipped_in_a_row)
+        in_a_row = np.asarray(metrics.skipped_in_a_row).item()
         if in_a_row < self.max_skipped:
             return
         self.finish()
