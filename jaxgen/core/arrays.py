@@ -48,8 +48,8 @@ def strong_scalar(value: ArrayLike) -> Any:
         wide = np.float64 if jax.config.read("jax_enable_x64") else np.float32
         return wide(value)
     if isinstance(value, np.ndarray | np.generic):
-        wide = jnp.promote_types(value.dtype, jnp.float32)
-        return value.astype(jax.dtypes.canonicalize_dtype(wide))
+        promoted = jnp.promote_types(value.dtype, jnp.float32)
+        return value.astype(jax.dtypes.canonicalize_dtype(promoted))
     if isinstance(value, jax.Array):
         return value.astype(jnp.promote_types(value.dtype, jnp.float32))
     return value

@@ -33,8 +33,8 @@ def middle(sde):
 
 @jax.jit
 def _simulate(key, sde, x0):
-    """Euler-Maruyama from t_min to the middle, 2000 steps of equal time."""
-    steps = 2000
+    """Euler-Maruyama from t_min to the middle, 500 steps of equal time."""
+    steps = 500
     t_stop = middle(sde)
     dt = (t_stop - sde.t_min) / steps
     key_start, key_path = jax.random.split(key)
