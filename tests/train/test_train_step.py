@@ -149,7 +149,7 @@ def test_average_in_closed_form(key):
         state, _ = step(state, jnp.zeros(N))
         d = min(decay, (1 + k) / (10 + k))
         average = d * average + (1 - d) * (-rate * (k + 1))
-    np.testing.assert_allclose(state.ema["w"], average, rtol=1e-5)
+        np.testing.assert_allclose(state.ema["w"], average, rtol=1e-5)
     # With the decay reached, the average lags by d / (1 - d) = 1 step.
     np.testing.assert_allclose(state.ema["w"] - state.params["w"], rate, rtol=1e-3)
 
