@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 from jaxgen.core.arrays import safe_sqrt
 from jaxgen.process.linear import LinearSDE
 from jaxgen.solve.noise import sample_keys
+from jaxgen.solve.path import normals
 from jaxgen.solve.semilinear import Level, SemiLinearTerm, knots
 
 __all__ = ["Chain", "Kernel", "Step", "at", "published", "walk"]
@@ -70,18 +71,13 @@ class Chain:
         """The process."""
         return self.term.sde
 
-    def keys(self, key: jax.Array) -> jax.Array:
-        """One key per sample."""
-        return sample_keys(key, self.batch, self.first_index)
-
     def normal(self, key: jax.Array, x: jax.Array) -> jax.Array:
-        """Standard normal noise like ``x``, per sample."""
-        event = x.shape[len(self.batch) :]
-
-        def draw(key: jax.Array) -> jax.Array:
-            return jax.random.normal(key, event, x.dtype)
-
-        return jax.vmap(draw)(self.keys(key)) if self.batch else draw(key)
+        """Standard normal noise like ``x``, per sample; ``(*key, *x)`` for an array of keys."""
+        keys = key
+        if self.batch:
+            flat = jax.vmap(lambda k: sample_keys(k, self.batch, self.first_index))(key.reshape(-1))
+            keys = flat.reshape(key.shape + self.batch)
+        return normals(keys, x.shape[len(self.batch) :], x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +85,8 @@ class Step:
     """A step whose noise can be drawn ahead of the loop.
 
     Attributes:
-      draw: ``(key, x) -> noise``, any pytree; ``x`` serves for its shape and dtype.
+      draw: ``(key, x) -> noise``, any pytree; ``x`` serves for its shape and dtype. An array of
+        keys gives the noise of each, in front.
       apply: ``(noise, x, i) -> (x, x_mean)``.
       calls: field evaluations over the whole chain, int32.
       name: for the record.

@@ -41,7 +41,8 @@ class LangevinCorrector:
         event_ndim = None if chain.batch else -1
 
         def draw(key: jax.Array, x: jax.Array) -> jax.Array:
-            return jnp.stack([chain.normal(k, x) for k in jax.random.split(key, self.steps)])
+            split = jax.vmap(lambda k: jax.random.split(k, self.steps))(key.reshape(-1))
+            return chain.normal(split.reshape(*key.shape, self.steps), x)
 
         def apply(noise: jax.Array, x: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
             level, shrink, (a, b) = at(numbers, i)

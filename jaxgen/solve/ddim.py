@@ -67,6 +67,7 @@ class DDIM(GridSolver):
         noise: tuple[jax.Array, jax.Array] | None,
         x: jax.Array,
         state: Any,
+        is_full: bool | None = None,
     ) -> tuple[jax.Array, Any]:
         """One call of the field."""
         t, a, b, spread = numbers

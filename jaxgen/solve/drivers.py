@@ -7,6 +7,7 @@ Brownian path; every sample is then its own solve, with its own steps, count and
 ``jax.shard_map`` it needs ``check_vma=False``.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -91,6 +92,9 @@ def scan_carry(body: Callable[..., Any], carry: Any, xs: Any) -> Any:
     The carry's varying axes are found by tracing the body once; outside ``shard_map`` there are
     none and nothing is traced twice.
     """
+    length = jax.tree.leaves(xs)[0].shape[0]
+    if length <= 1:
+        return body(carry, jax.tree.map(lambda v: v[0], xs))[0] if length else carry
     if jax.typeof(jax.tree.leaves(carry)[0]).sharding.mesh.manual_axes:
         first = jax.tree.map(lambda v: v[0], xs)
         carry = _match_varying(carry, jax.eval_shape(lambda c: body(c, first)[0], carry))
@@ -110,17 +114,22 @@ def scan_grid(term: SemiLinearTerm, solver: GridSolver, x: jax.Array, tick: Tick
     first, last = knots(term)
     numbers = jax.vmap(lambda a, b: solver.coefficients(term, a, b))(first, last)
 
-    def body(carry: Any, inputs: Any) -> tuple[Any, None]:
+    def body(carry: Any, inputs: Any, is_full: bool | None) -> tuple[Any, None]:
         x, state = carry
         n, u0, u1, own = inputs
         noise = term.noise(u0, u1) if solver.is_noisy else None
-        x, state = solver.advance(term, own, noise, x, state)
+        x, state = solver.advance(term, own, noise, x, state, is_full)
         if tick is not None:
             tick(n)
         return (x, state), None
 
     inputs = (jnp.arange(term.steps), u[:-1], u[1:], numbers)
-    x, _ = scan_carry(body, (x, solver.start(term, x)), inputs)
+    carry, done = (x, solver.start(term, x)), 0
+    for count, is_full in solver.plan(term):
+        run = jax.tree.map(lambda v, a=done, b=done + count: v[a:b], inputs)
+        carry = scan_carry(functools.partial(body, is_full=is_full), carry, run)
+        done += count
+    x, _ = carry
     return Driven(x, solver.calls(term, numbers), diffrax.RESULTS.successful)
 
 

@@ -48,6 +48,7 @@ class EulerMaruyama(GridSolver):
         noise: tuple[jax.Array, jax.Array] | None,
         x: jax.Array,
         state: Any,
+        is_full: bool | None = None,
     ) -> tuple[jax.Array, Any]:
         """One call of the field."""
         t, a, b, spread = numbers

@@ -26,7 +26,7 @@ from jaxgen.core import checks
 from jaxgen.core.arrays import at_least_f32
 from jaxgen.process.linear import LinearSDE
 
-__all__ = ["GRIDS", "ends_are_finite", "make_grid"]
+__all__ = ["GRIDS", "finite_ends", "make_grid"]
 
 _RHO = 7.0
 
@@ -133,31 +133,33 @@ def _ends(sde: LinearSDE, t_start: Any, t_end: Any) -> tuple[Any, Any]:
 
 
 @jax.jit
-def _finite(sde: LinearSDE, times: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(sde.log_snr(times)))
+def _finite(sde: LinearSDE, t_start: jax.Array, t_end: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.isfinite(sde.log_snr(t_start)), jnp.isfinite(sde.log_snr(t_end))
 
 
-def ends_are_finite(
+def finite_ends(
     sde: LinearSDE,
     grid: str | ArrayLike,
     t_start: ArrayLike | None = None,
     t_end: ArrayLike | None = None,
-) -> bool:
-    """Whether log-SNR is known, at trace time, to be finite at both ends of a grid."""
+) -> tuple[bool | None, bool | None]:
+    """Whether log-SNR is finite at a grid's start and end; ``None`` where that is not known.
+
+    A start that is finite for some samples only is not known.
+    """
     if not isinstance(grid, str):
         known = checks.concrete(grid)
         if known is None:
-            return False
+            return None, None
         t_start, t_end = known[0], known[-1]
-    t_start, t_end = _ends(sde, t_start, t_end)
+    known_start, known_end = (checks.concrete(t) for t in _ends(sde, t_start, t_end))
     plain = dataclasses.replace(sde, mu=None)
-    known_start, known_end = checks.concrete(t_start), checks.concrete(t_end)
     is_traced = any(checks.concrete(v) is None for v in jax.tree.leaves(plain))
     if known_start is None or known_end is None or is_traced:
-        return False
-    times = np.append(np.ravel(known_start), known_end)
+        return None, None
     with jax.ensure_compile_time_eval():
-        return bool(_finite(plain, times))
+        first, last = (np.asarray(v) for v in _finite(plain, known_start, known_end))
+    return (bool(first.all()) if first.all() or not first.any() else None), bool(last)
 
 
 def make_grid(

@@ -12,6 +12,7 @@ is held at t_max. Two calls a step, one where (2) is left out.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -25,17 +26,22 @@ from jaxgen.solve.semilinear import GridSolver, Level, SemiLinearTerm
 __all__ = ["Heun"]
 
 
-def correct(is_finite: bool, wanted: jax.Array, corrected: Any, x: jax.Array) -> jax.Array:
-    """``corrected(x)`` where ``wanted``, with the call left out where no sample wants it.
+def correct(
+    is_full: bool | None,
+    wanted: jax.Array,
+    corrected: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+) -> jax.Array:
+    """``corrected(x)`` where it is wanted, with the call left out where no sample wants it.
 
     Args:
-      is_finite: every sample is known to want it; no branch is built.
+      is_full: whether every sample is known to want it, or none; ``None`` leaves it to ``wanted``.
       wanted: ``()`` or ``(batch,)``.
       corrected: calls the field once.
       x: state of the prediction.
     """
-    if is_finite:
-        return corrected(x)
+    if is_full is not None:
+        return corrected(x) if is_full else x
 
     def some(x: jax.Array) -> jax.Array:
         keep = jnp.reshape(wanted, wanted.shape + (1,) * (x.ndim - wanted.ndim))
@@ -110,6 +116,7 @@ class Heun(GridSolver):
         noise: tuple[jax.Array, jax.Array] | None,
         x: jax.Array,
         state: Any,
+        is_full: bool | None = None,
     ) -> tuple[jax.Array, Any]:
         """Two calls of the field, or one."""
         t0, t1, churned, (a, b), wanted, (half, a0, b0, a1, b1) = numbers
@@ -132,7 +139,18 @@ class Heun(GridSolver):
             )
 
         x1 = term.combine(x, a, (b, out))
-        return correct(term.is_finite, wanted, corrected, x1), state
+        return correct(is_full, wanted, corrected, x1), state
+
+    def plan(self, term: SemiLinearTerm) -> Sequence[tuple[int, bool | None]]:
+        """One run where both ends are known to be finite or not."""
+        first, last = term.ends
+        if first is None or last is None:
+            return [(term.steps, None)]
+        if term.steps == 1:
+            return [(1, first and last)]
+        runs = [(1, False)] * (not first)
+        runs.append((term.steps - (not first) - (not last), True))
+        return runs + [(1, False)] * (not last)
 
     def calls(self, term: SemiLinearTerm, numbers: Any) -> jax.Array:
         """Two a step, one where the correction is left out for every sample."""

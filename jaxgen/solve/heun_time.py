@@ -9,6 +9,7 @@ call at the end of time, where a velocity is hardest to learn (the Heun sampler 
 Nfe = 2 steps - 1.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ class HeunTime(GridSolver):
         noise: tuple[jax.Array, jax.Array] | None,
         x: jax.Array,
         state: Any,
+        is_full: bool | None = None,
     ) -> tuple[jax.Array, Any]:
         """Two calls of the field, or one."""
         del noise
@@ -55,7 +57,11 @@ class HeunTime(GridSolver):
             )
 
         x1 = term.combine(x, 1 + h * a0, (h * b0, out))
-        return correct(False, wanted, corrected, x1), state
+        return correct(is_full, wanted, corrected, x1), state
+
+    def plan(self, term: SemiLinearTerm) -> Sequence[tuple[int, bool | None]]:
+        """All but the last step whole."""
+        return [(term.steps - 1, True), (1, False)]
 
     def calls(self, term: SemiLinearTerm, numbers: Any) -> jax.Array:
         """Two a step, one in the last."""

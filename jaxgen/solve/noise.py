@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxgen.core import checks
-from jaxgen.solve.path import GridPath
+from jaxgen.solve.path import GridPath, fold_each
 from jaxgen.solve.semilinear import GridSolver
 
 __all__ = ["Brownian", "is_sde_solver", "sample_keys", "sample_path"]
@@ -30,7 +30,7 @@ def sample_keys(key: jax.Array, batch: tuple[int, ...], first_index: ArrayLike) 
     if not batch:
         return key
     index = jnp.asarray(first_index, jnp.int32) + jnp.arange(batch[0], dtype=jnp.int32)
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+    return fold_each(key, index)
 
 
 def _needs_noise(solver: diffrax.AbstractSolver) -> bool:

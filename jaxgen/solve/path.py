@@ -17,13 +17,29 @@ from jax.typing import ArrayLike
 
 from jaxgen.core.arrays import at_least_f32, real_dtype
 
-__all__ = ["AHEAD", "GridPath"]
+__all__ = ["AHEAD", "GridPath", "fold_each", "normals"]
 
 # Entries that are drawn before a loop rather than inside it.
 AHEAD = 2**21
 
 # Variances of W, H and K over an interval of length one.
 _VARIANCES = (1.0, 1 / 12, 1 / 720)
+
+
+def fold_each(keys: jax.Array, numbers: jax.Array) -> jax.Array:
+    """``fold_in(key, n)`` for each number and key: ``(*numbers, *keys)``."""
+    flat = keys.reshape(-1)
+    each = jax.vmap(lambda n: jax.vmap(lambda k: jax.random.fold_in(k, n))(flat))
+    return each(numbers.reshape(-1)).reshape(numbers.shape + keys.shape)
+
+
+def normals(keys: jax.Array, event: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Standard normals ``(*keys, *event)``, one draw for each key.
+
+    One flat map over the keys: nested ones compile twice as long.
+    """
+    drawn = jax.vmap(lambda k: jax.random.normal(k, event, dtype))(keys.reshape(-1))
+    return drawn.reshape(keys.shape + tuple(event))
 
 
 def _orders(levy_area: type) -> int:
@@ -84,22 +100,15 @@ class GridPath(diffrax.AbstractBrownianPath):
         if ahead is None:
             size = steps * keys.size * math.prod(self.event) * _orders(levy_area)
             ahead = size <= AHEAD
-        self.drawn = jax.vmap(self._draw)(jnp.arange(steps)) if ahead else None
+        self.drawn = self._draw(jnp.arange(steps)) if ahead else None
 
     def _draw(self, n: jax.Array) -> tuple[jax.Array, ...]:
-        """Standard normals of interval ``n``, one array for each of W, H and K in use."""
-
-        def one(key):
-            key = jax.random.fold_in(key, n)
-            wide = jnp.promote_types(self.dtype, jnp.float32)
-            first = jax.random.normal(key, self.event, wide)
-            more = (
-                jax.random.normal(jax.random.fold_in(key, k), self.event, wide)
-                for k in range(1, _orders(self.levy_area))
-            )
-            return first, *more
-
-        return jax.vmap(one)(self.keys) if self.keys.ndim else one(self.keys)
+        """Standard normals of intervals ``n``, one array for each of W, H and K in use."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        keys = fold_each(self.keys, n)
+        orders = range(1, _orders(self.levy_area))
+        levy = (fold_each(keys, jnp.asarray(k)) for k in orders)
+        return tuple(normals(k, self.event, wide) for k in (keys, *levy))
 
     def _interval(self, t0: jax.Array, t1: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Index of the interval and whether ``[t0, t1]`` is one of the grid's."""

@@ -24,9 +24,9 @@ from jaxgen.score.prediction import Field
 from jaxgen.solve.chain import Chain, Kernel, Step, published, walk
 from jaxgen.solve.corrector import LangevinCorrector, langevin_corrector
 from jaxgen.solve.drivers import scan_carry
-from jaxgen.solve.grids import ends_are_finite, make_grid
+from jaxgen.solve.grids import finite_ends, make_grid
 from jaxgen.solve.meter import Ticker
-from jaxgen.solve.path import AHEAD
+from jaxgen.solve.path import AHEAD, fold_each
 from jaxgen.solve.predictors import KERNELS, as_predictor
 from jaxgen.solve.registry import resolve
 from jaxgen.solve.semilinear import SemiLinearTerm
@@ -72,8 +72,8 @@ def _chain(
     times = make_grid(
         grid, sde, steps, t_start=t_start, t_end=t_end, batch=begun.batch, dtype=begun.x.dtype
     )
-    is_finite = ends_are_finite(sde, grid, t_start, t_end)
-    term = SemiLinearTerm(call, arrays_of(sde), times, None, prediction, is_finite)
+    ends = finite_ends(sde, grid, t_start, t_end)
+    term = SemiLinearTerm(call, arrays_of(sde), times, None, prediction, ends)
     return walk(term, begun.batch, first_index), times
 
 
@@ -197,7 +197,7 @@ def _loop(
     """The last ``x_mean``; noise is drawn ahead where it is small."""
     x = begun.x
     # For each level a key for every kernel's noise and for every projection.
-    step_keys = jax.vmap(lambda i: jax.random.fold_in(begun.key, i))(jnp.arange(steps))
+    step_keys = fold_each(begun.key, jnp.arange(steps))
     split = jax.vmap(lambda k: jax.random.split(k, 2 * len(kernels)))(step_keys)
 
     def is_drawn_ahead(kernel: Kernel) -> bool:
@@ -208,7 +208,7 @@ def _loop(
 
     ahead = [is_drawn_ahead(k) for k, _ in kernels]
     drawn = [
-        jax.vmap(lambda k, kernel=kernel: kernel.draw(k, x))(split[:, j]) if early else split[:, j]
+        kernel.draw(split[:, j], x) if early else split[:, j]  # type: ignore[attr-defined]
         for j, ((kernel, _), early) in enumerate(zip(kernels, ahead, strict=True))
     ]
 

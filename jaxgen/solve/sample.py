@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxgen.process.linear import LinearSDE
 from jaxgen.score.prediction import Field
 from jaxgen.solve.drivers import Driven, rising, scan_grid, scan_terms, solve_one
-from jaxgen.solve.grids import ends_are_finite, make_grid
+from jaxgen.solve.grids import finite_ends, make_grid
 from jaxgen.solve.meter import Ticker
 from jaxgen.solve.noise import Brownian, sample_keys, sample_path
 from jaxgen.solve.predictor_corrector import predictor_corrector
@@ -46,7 +46,7 @@ class _Job:
     solver: diffrax.AbstractSolver
     prediction: str
     times: jax.Array
-    is_finite: bool
+    ends: tuple[bool | None, bool | None]
     first_index: ArrayLike
 
     @property
@@ -70,7 +70,7 @@ def _semilinear(
         times,
         path,
         job.prediction,
-        job.is_finite,
+        job.ends,
     )
 
 
@@ -275,8 +275,8 @@ def sample(
     times = make_grid(
         grid, sde, steps, t_start=t_start, t_end=t_end, batch=begun.batch, dtype=begun.x.dtype
     )
-    is_finite = ends_are_finite(sde, grid, t_start, t_end)
-    job = _Job(begun, field, sde, made, prediction, times, is_finite, first_index)
+    ends = finite_ends(sde, grid, t_start, t_end)
+    job = _Job(begun, field, sde, made, prediction, times, ends, first_index)
     if uses_diffeq:
         meter = diffrax.TqdmProgressMeter() if progress is True else (progress or None)
         driven = _diffeq(job, controller, adjoint, brownian, max_steps, meter)

@@ -15,7 +15,7 @@ each sample. Times, levels and noise are read through the term; nothing else kno
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import diffrax
@@ -61,7 +61,8 @@ class SemiLinearTerm(diffrax.AbstractTerm):
         ``u = n / steps`` and time is linear in between.
       path: where solvers with noise take it, over [0, 1]; ``None`` for the deterministic ones.
       prediction: what the field predicts.
-      is_finite: known at trace time that log-SNR is finite at every knot.
+      ends: whether log-SNR is finite at the first and the last knot; ``None`` where that is not
+        known at trace time.
     """
 
     call: FieldCall
@@ -69,7 +70,7 @@ class SemiLinearTerm(diffrax.AbstractTerm):
     times: jax.Array
     path: diffrax.AbstractBrownianPath | None
     prediction: str = eqx.field(static=True)
-    is_finite: bool = eqx.field(static=True, default=False)
+    ends: tuple[bool | None, bool | None] = eqx.field(static=True, default=(None, None))
 
     @property
     def steps(self) -> int:
@@ -186,6 +187,7 @@ class GridSolver(diffrax.AbstractItoSolver):
         noise: tuple[jax.Array, jax.Array] | None,
         x: jax.Array,
         state: Any,
+        is_full: bool | None = None,
     ) -> tuple[jax.Array, Any]:
         """One step: ``(x, state)`` at the interval's end.
 
@@ -196,6 +198,8 @@ class GridSolver(diffrax.AbstractItoSolver):
             deterministic part.
           x: state, ``(batch, *event)`` or one example, float32 or wider.
           state: what ``start`` or the last step gave.
+          is_full: for a solver that leaves out part of its first or last step: whether this step
+            is whole; ``None`` where only the numbers tell.
         """
 
     def start(self, term: SemiLinearTerm, x: jax.Array) -> Any:
@@ -207,6 +211,10 @@ class GridSolver(diffrax.AbstractItoSolver):
         """Field evaluations of the whole grid, int32; ``numbers`` have the intervals in front."""
         del numbers
         return jnp.asarray(term.steps, jnp.int32)
+
+    def plan(self, term: SemiLinearTerm) -> Sequence[tuple[int, bool | None]]:
+        """Runs of steps as ``(count, is_full)``; see ``advance``."""
+        return [(term.steps, None)]
 
     def additive_noise(self, numbers: Any) -> jax.Array | None:
         """Standard deviation of noise that a step adds last; ``None`` where it does not."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxgen.core import checks, keys
@@ -13,9 +14,14 @@ from jaxgen.core.arrays import batch_event
 from jaxgen.process.linear import LinearSDE
 from jaxgen.score.prediction import PREDICTIONS, Field, convert
 from jaxgen.solve.noise import sample_keys
+from jaxgen.solve.path import fold_each
 from jaxgen.solve.terms import FieldCall, map_samples
 
 __all__ = ["Sample", "Start", "finish", "start"]
+
+
+# The interval that no grid has: its number is the key of the first state.
+_START = np.uint32(2**32 - 1)
 
 
 @jax.tree_util.register_dataclass
@@ -89,14 +95,13 @@ def start(
         dtype = jnp.zeros(()).dtype if x_init is None else jnp.asarray(x_init).dtype
     dtype = checks.floating("dtype", jnp.zeros((), dtype), allow_complex=True).dtype
     wide = jnp.promote_types(dtype, jnp.float32)
-    key_start, key_loop = jax.random.split(key)
     if x_init is None:
-        x = _prior(key_start, sde, batch, event, wide, first_index)
+        x = _prior(key, sde, batch, event, wide, first_index)
     else:
         x = checks.floating("x_init", x_init, allow_complex=True).astype(wide)
         if x.shape != shape:
             raise ValueError(f"x_init has shape {x.shape}; expected shape {shape}")
-    return Start(key_loop, x, batch, event, dtype, dtype if dtype != wide else None)
+    return Start(key, x, batch, event, dtype, dtype if dtype != wide else None)
 
 
 def _prior(
@@ -107,15 +112,14 @@ def _prior(
     dtype: Any,
     first_index: ArrayLike,
 ) -> jax.Array:
-    """The prior, sample ``i`` from ``fold_in(key, first_index + i)``."""
-    if not batch:
-        return sde.prior_sample(key, event, dtype=dtype, event_ndim=len(event))
+    """The prior, sample ``i`` from ``fold_in(fold_in(key, first_index + i), _START)``."""
+    keys_start = fold_each(sample_keys(key, batch, first_index), jnp.asarray(_START))
 
     def one(sde: LinearSDE, x: jax.Array, key: jax.Array) -> jax.Array:
         return sde.prior_sample(key, event, dtype=dtype, event_ndim=x.ndim)
 
     like = jnp.zeros((*batch, *event), dtype)
-    return map_samples(one, sde, like, sample_keys(key, batch, first_index))
+    return map_samples(one, sde, like, keys_start) if batch else one(sde, like, keys_start)
 
 
 def _nonfinite(x: jax.Array, code: Any, batch: tuple[int, ...]) -> Any:
