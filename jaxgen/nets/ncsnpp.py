@@ -38,7 +38,7 @@ from jaxgen.nets.layers import (
 )
 from jaxgen.nets.resample import FIR_KERNEL, fir_down, fir_pad, fir_up, mean_down, nearest_up
 
-_ROOT_HALF = math.sqrt(2.0)
+_ROOT_TWO = math.sqrt(2.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,9 +155,12 @@ def _scaled(scale: float = 1.0) -> Initializer:
 _TINY = 1e-10
 
 
+def _groups(channels: int) -> int:
+    return math.gcd(channels, min(channels // 4, 32))
+
+
 def _norm(h: jax.Array, dtype: Dtype, name: str) -> jax.Array:
-    groups = math.gcd(h.shape[-1], min(h.shape[-1] // 4, 32))
-    return nn.GroupNorm(groups, dtype=dtype, name=name)(h)
+    return nn.GroupNorm(_groups(h.shape[-1]), dtype=dtype, name=name)(h)
 
 
 class BigGANBlock(nn.Module):
@@ -192,7 +195,7 @@ class BigGANBlock(nn.Module):
         if x.shape[-1] != self.features or self.resample != "none":
             # A 1 x 1 convolution on channels-last images is a dense layer.
             x = nn.Dense(self.features, dtype=dtype, kernel_init=_scaled(), name="skip")(x)
-        return divide(x + h, _ROOT_HALF)
+        return divide(x + h, _ROOT_TWO)
 
 
 class StridedFIRConv(nn.Module):
@@ -285,8 +288,8 @@ class NCSNpp(nn.Module):
         def attend(h: jax.Array, *, everywhere: bool = False) -> jax.Array:
             if not everywhere and h.shape[1] not in config.attention:
                 return h
-            groups = math.gcd(h.shape[-1], min(h.shape[-1] // 4, 32))
-            return SelfAttention(groups, _ROOT_HALF, _scaled(0.1), _scaled(_TINY), dtype)(h)
+            groups = _groups(h.shape[-1])
+            return SelfAttention(groups, _ROOT_TWO, _scaled(0.1), _scaled(_TINY), dtype)(h)
 
         def read_out(h: jax.Array, name: str) -> jax.Array:
             h = nn.swish(_norm(h, dtype, f"norm_{name}"))
@@ -353,7 +356,7 @@ class NCSNpp(nn.Module):
             pyramid = nn.Conv(features, (3, 3), strides=2, dtype=dtype, kernel_init=_scaled())(
                 pyramid
             )
-        h = divide(pyramid + h, _ROOT_HALF)
+        h = divide(pyramid + h, _ROOT_TWO)
         return h, h
 
 
