@@ -106,7 +106,8 @@ def _range(sde: LinearSDE) -> str:
 
 
 def _given(sde: LinearSDE, grid: ArrayLike, steps: int | None, dtype: Any) -> jax.Array:
-    shape, known = jnp.shape(grid), checks.concrete(grid)
+    known = checks.concrete(grid)
+    shape = jnp.shape(grid if known is None else known)
     if len(shape) != 1 or shape[0] < 2:
         raise ValueError(f"grid has shape {shape}; expected (steps + 1,) falling times")
     if steps is not None and shape[0] != steps + 1:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import diffrax
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxgen.process.linear import LinearSDE
@@ -243,7 +244,7 @@ def sample(
     name, entry, made = resolve(solver)
     grid = entry.grid if grid is None else grid
     if steps is None:
-        steps = entry.steps if isinstance(grid, str) else max(jnp.size(grid) - 1, 1)
+        steps = entry.steps if isinstance(grid, str) else max(np.size(grid) - 1, 1)
     uses_diffeq = any(v is not None for v in (controller, adjoint, brownian))
     if made is None or corrector is not None or (isinstance(grid, str) and grid == "score_sde"):
         if uses_diffeq:
