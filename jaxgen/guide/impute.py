@@ -32,16 +32,17 @@ __all__ = ["Imputation", "impute"]
 _TOLERANCE = 1e-4
 
 
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Imputation:
-    """The projection (1), as the predictor-corrector loop calls it; made by ``impute``.
+    """The projection (1), as the predictor-corrector loop calls it; made by ``impute``. A pytree.
 
     Attributes:
       sde: the process.
       known: values in the original axes whose known coordinates are right, ``(batch, *event)``.
       mask: boolean, of ``known``'s shape.
       basis: orthonormal ``(c, c)``, or ``None`` for the identity.
-      event_ndim: axes of one example.
+      event_ndim: axes of one example (static).
       first_index: number of the first example.
     """
 
@@ -49,7 +50,7 @@ class Imputation:
     known: jax.Array
     mask: jax.Array
     basis: jax.Array | None
-    event_ndim: int
+    event_ndim: int = dataclasses.field(metadata={"static": True})
     first_index: ArrayLike
 
     def _draw(self, key: jax.Array, x: jax.Array) -> jax.Array:
