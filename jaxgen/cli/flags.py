@@ -4,7 +4,7 @@ import contextlib
 import io
 import re
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jaxgen.cli.errors import CommandError
 
@@ -31,7 +31,7 @@ def parse(
     import tyro
 
     said = io.StringIO()
-    options = {} if default is None else {"default": default}
+    options: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(kind, args=list(words), prog=prog, **options)
@@ -44,7 +44,7 @@ def parse(
 def _plain(text: str) -> str:
     """The message of tyro's box, without the box, its title and its hints at the help."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    lines = []
+    lines: list[str] = []
     for raw in text.splitlines():
         line = raw.strip("╭╮╰╯│├┤ ").strip()
         if raw.lstrip().startswith("╭") or not line:

@@ -5,6 +5,7 @@ samples are recognisable. It is trained on the generator's training part, and it
 stated on the held-out part. Examples enter quantised, real ones and generated ones alike.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jaxgen.train.step import make_train_step
 
 __all__ = ["Judge", "train_judge"]
 
-_CHUNK = 512
+_CHUNK = 256
 
 
 class Judge(NamedTuple):
@@ -37,28 +38,32 @@ class Judge(NamedTuple):
     accuracy: float
     feature_size: int
 
-    def features(self, x: np.ndarray) -> np.ndarray:
-        """Penultimate features ``(n, feature_size)`` of network-scaled images ``(n, h, w, c)``."""
-        return _chunked(jax.jit(lambda p, y: self.net.apply(p, y, method="features")), self, x)
+    def look(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Features ``(n, feature_size)`` and class probabilities ``(n, classes)`` of images.
 
-    def probabilities(self, x: np.ndarray) -> np.ndarray:
-        """Class probabilities ``(n, classes)`` of network-scaled images ``(n, h, w, c)``."""
-        return _chunked(jax.jit(lambda p, y: jax.nn.softmax(self.net.apply(p, y))), self, x)
+        Args:
+          x: float32 ``(n, h, w, c)``, network-scaled.
+        """
+        features, probabilities = [], []
+        for start in range(0, len(x), _CHUNK):
+            part = x[start : start + _CHUNK]
+            # Padded to one size, so that one compilation serves all.
+            padded = np.zeros((_CHUNK, *x.shape[1:]), np.float32)
+            padded[: len(part)] = part
+            seen = _look(self.net, self.params, padded)
+            features.append(np.asarray(seen[0])[: len(part)])
+            probabilities.append(np.asarray(seen[1])[: len(part)])
+        return np.concatenate(features), np.concatenate(probabilities)
 
 
-def _chunked(apply: Any, judge: Judge, x: np.ndarray) -> np.ndarray:
-    """In equal chunks, the last one padded, so that one compilation serves them all."""
-    size = min(_CHUNK, len(x))
-    parts = []
-    for start in range(0, len(x), size):
-        part = x[start : start + size]
-        padded = np.concatenate([part, np.zeros((size - len(part), *x.shape[1:]), x.dtype)])
-        parts.append(np.asarray(apply(judge.params, padded))[: len(part)])
-    return np.concatenate(parts)
+@functools.partial(jax.jit, static_argnums=0)
+def _look(net: Any, params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    features = net.apply(params, x, method="features")
+    return features, jax.nn.softmax(net.apply(params, x))
 
 
 def train_judge(
-    key: jax.Array, train: Dataset, held_out: Dataset, *, steps: int = 400, batch_size: int = 128
+    key: jax.Array, train: Dataset, held_out: Dataset, *, steps: int = 200, batch_size: int = 128
 ) -> Judge:
     """Train a classifier on labelled images.
 
@@ -94,5 +99,5 @@ def train_judge(
     for _ in range(steps):
         state, _ = step(state, next(source))
     judge = Judge(net, state.ema, float("nan"), net.feature_size)
-    found = judge.probabilities(held_out.to_unit(held_out.x)).argmax(axis=1)
+    found = judge.look(held_out.to_unit(held_out.x))[1].argmax(axis=1)
     return judge._replace(accuracy=float(np.mean(found == held_out.label)))

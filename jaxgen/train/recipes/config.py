@@ -114,6 +114,8 @@ class ScoreConfig:
     """Samples that the classifier looks at in the evaluation."""
     eval_likelihood: int = 128
     """Held-out examples whose likelihood is measured."""
+    classifier_steps: int = 200
+    """Training steps of the classifier that judges the samples of labelled images."""
     solver: str = "heun"
     """Solver of the evaluation's samples; `jaxgen sample` may choose another."""
     solver_steps: int | None = None
@@ -129,6 +131,7 @@ MAY_CHANGE = (
     "keep",
     "eval_samples",
     "eval_likelihood",
+    "classifier_steps",
     "solver",
     "solver_steps",
 )
@@ -139,9 +142,9 @@ MAY_CHANGE = (
 
 _TABLE = {
     # kind: (steps, batch, learning rate, width, mults, blocks, patch, dropout, solver steps)
-    "small": (3000, 128, 2e-3, 32, (1, 2), 1, 1, 0.1, 18),
-    "images": (8000, 64, 1e-3, 32, (1, 2, 4), 1, 2, 0.0, 18),
-    "points": (4000, 256, 1e-3, 128, (1,), 3, 1, 0.0, 18),
+    "small": (1000, 128, 2e-3, 32, (1, 2), 1, 1, 0.0, 24),
+    "images": (8000, 64, 1e-3, 32, (1, 2, 4), 1, 2, 0.0, 24),
+    "points": (4000, 256, 1e-3, 128, (1,), 3, 1, 0.0, 24),
 }
 _NAMES = (
     "steps",
@@ -215,7 +218,7 @@ def _check(config: Resolved, event: tuple[int, ...]) -> None:
         "steps": 1, "batch_size": 1, "accumulate": 1, "width": 1, "blocks": 1, "patch": 1,
         "report_every": 1, "save_every": 1, "keep": 1, "eval_samples": 2, "eval_likelihood": 1,
         "solver_steps": 1, "warmup_steps": 0, "seed": 0, "learning_rate": 0.0, "weight_decay": 0.0,
-        "clip": 0.0, "save_seconds": 0.0,
+        "clip": 0.0, "save_seconds": 0.0, "classifier_steps": 1,
     }  # fmt: skip
     for name, low in least.items():
         value = getattr(config, name)

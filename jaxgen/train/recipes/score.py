@@ -48,8 +48,9 @@ def make_process(name: str, arguments: tuple[str, ...] = ()) -> LinearSDE:
             equals = ""
         if not equals:
             raise ConfigError(f"process_args holds {argument!r}; expected name=number")
+    make: Any = process.PROCESSES[name]
     try:
-        return process.PROCESSES[name](**numbers)
+        return make(**numbers)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"process_args do not suit {name}: {error}") from None
 
@@ -137,7 +138,7 @@ class Experiment:
         label = None
         if self.config.labels:
             hidden = keys.uniform(key_label, x0.shape[:1]) < self.config.label_dropout
-            label = jnp.where(hidden, self.train.num_classes, batch["label"])
+            label = jnp.where(hidden, self.train.num_classes or 0, batch["label"])
         weighting = self.config.weighting
         return score.denoising_loss(
             key_loss,
@@ -155,8 +156,9 @@ class Experiment:
         config = self.config
         rate: float | Callable[[Any], Any] = config.learning_rate
         if config.schedule == "cosine":
+            end = max(config.steps, config.warmup_steps + 1)
             rate = optax.warmup_cosine_decay_schedule(
-                0.0, config.learning_rate, config.warmup_steps, max(config.steps, 1)
+                0.0, config.learning_rate, config.warmup_steps, end
             )
         elif config.warmup_steps:
             rate = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
