@@ -1,0 +1,376 @@
+"""Runs from the command line: a small one from start to end, and everything that can go wrong."""
+
+import json
+import os
+import resource
+import signal
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxgen import train
+from jaxgen.cli import main
+from jaxgen.train.recipes.run import open_run
+from jaxgen.train.report import read_lines
+
+SETTINGS = {
+    "width": 8,
+    "blocks": 1,
+    "batch-size": 16,
+    "warmup-steps": 2,
+    "report-every": 2,
+    "eval-samples": 20,
+    "eval-likelihood": 4,
+    "classifier-steps": 20,
+    "solver": "ddim",
+    "solver-steps": 3,
+}
+SMALL = ("--quiet", *(str(w) for name, value in SETTINGS.items() for w in (f"--{name}", value)))
+MOONS = ("train", "--data", "moons", *SMALL)
+DIGITS = ("train", "--labels", "--channel-mults", "1", "--steps", "4", *SMALL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """The runs below differ in folders and lengths only: let them share their compilations."""
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.05,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def moons(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "moons"
+    assert main([*MOONS, "--steps", "6", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    assert main([*DIGITS, "--out", str(out)]) == 0
+    return out
+
+
+def refused(capsys, *words):
+    """The one line on standard error of a command that cannot be carried out."""
+    assert main([str(word) for word in words]) == 2
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert len(lines) == 1, said.err
+    return lines[0]
+
+
+def snapshot(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+def bits(out):
+    """The bytes of everything that a run's newest checkpoint holds."""
+    run = open_run(out)
+    like = jax.eval_shape(run.experiment.state)
+    state = train.restore(out / "checkpoints", like)
+    state = state.replace(key=jax.random.key_data(state.key))
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)]
+
+
+def figures_of(out):
+    return json.loads((out / "metrics.json").read_text())
+
+
+def losses(out):
+    return [(line["step"], line["loss"]) for line in read_lines(out / "metrics.jsonl")]
+
+
+# --- a run's folder -----------------------------------------------------------------------------
+
+
+def test_the_folder_of_a_run(moons, digits):
+    for out in (moons, digits):
+        names = {p.name for p in out.iterdir()}
+        assert names == {
+            "config.yaml",
+            "metrics.jsonl",
+            "metrics.json",
+            "samples.png",
+            "curves.png",
+            "checkpoints",
+        }
+        for picture in ("samples.png", "curves.png"):
+            assert (out / picture).read_bytes().startswith(b"\x89PNG")
+        assert yaml.safe_load((out / "config.yaml").read_text())["width"] == 8
+    assert [step for step, _ in losses(moons)] == [2, 4, 6]
+
+
+def test_the_figures_say_what_they_were_computed_with(moons, digits):
+    toy, image = figures_of(moons), figures_of(digits)
+    for figures, step in ((toy, 6), (image, 4)):
+        made = figures["samples"]
+        assert figures["step"] == step and figures["likelihood"]["examples"] == 4
+        assert (made["count"], made["ema"], made["solver"], made["steps"]) == (20, 0.999, "ddim", 3)
+        assert (made["grid"], made["last_step"], made["evaluations"]) == ("log_snr", "solver", 3)
+        assert figures["seconds"]["training"] > 0 and figures["seconds"]["evaluation"] > 0
+    assert toy["likelihood"]["levels"] is None and toy["sliced_wasserstein"]["count"] == 20
+    # After four steps the network is nearly the Gaussian of the data's root mean square d = 0.75:
+    # log2(17/2) + log2(d sqrt(2 pi e)) = 4.72 bits.
+    assert image["likelihood"]["levels"] == 17 and abs(image["bits_per_dim"] - 4.72) < 0.5
+    assert image["frechet"]["count"] == 20 and len(image["classifier"]["class_shares"]) == 10
+
+
+def test_a_finished_run_prints_its_figures_and_changes_nothing(moons, capsys):
+    before = snapshot(moons)
+    assert main([*MOONS, "--out", str(moons)]) == 0
+    said = capsys.readouterr().out
+    assert "has finished at step 6" in said and "nats per dim" in said
+    assert snapshot(moons) == before
+
+
+def test_an_extension_ends_in_the_bits_of_one_long_run(moons, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main([*MOONS, "--steps", "2", "--out", str(out)]) == 0
+    assert figures_of(out)["step"] == 2
+    # Settings that are not given are the run's own.
+    assert main(["train", "--out", str(out), "--steps", "6"]) == 0
+    assert "going on with" in capsys.readouterr().err
+    assert bits(out) == bits(moons) and losses(out) == losses(moons)
+    ours, theirs = figures_of(out), figures_of(moons)
+    assert ours.pop("seconds") and theirs.pop("seconds")
+    assert ours == theirs
+    assert yaml.safe_load((out / "config.yaml").read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_saves_and_the_same_command_goes_on(moons, tmp_path, capsys, name, code):
+    out = tmp_path / "run"
+    words = [*MOONS, "--steps", "6", "--out", str(out)]
+
+    def interrupt():
+        while not read_lines(out / "metrics.jsonl"):
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.Signals[name])
+
+    # Reports are read a step late, so the signal comes before the last step or not at all;
+    # a run that long is never over in time.
+    long = [*MOONS, "--steps", "100000", "--out", str(out)]
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert main(long) == code
+    thread.join()
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert name in line and "start it again in the same way" in line
+    step = train.saved_steps(out / "checkpoints")[-1]
+    assert step >= 2 and not (out / "metrics.json").exists()
+    # To the end of the short plan if the signal came that early, else refused: past it.
+    if step <= 6:
+        assert main(words) == 0 and bits(out) == bits(moons)
+    else:
+        assert f"at step {step}, past 6" in refused(capsys, *words)
+
+
+# --- commands on a run --------------------------------------------------------------------------
+
+
+def test_sample_writes_pictures_and_arrays(moons, tmp_path, capsys):
+    assert main(["sample", str(moons), "--n", "5", "--solver", "ddim", "--steps", "3"]) == 0
+    assert "3 evaluations" in capsys.readouterr().out
+    assert (moons / "sampled.png").read_bytes().startswith(b"\x89PNG")
+    (moons / "sampled.png").unlink()
+    out = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    for path, n in zip(out, (4, 9), strict=True):
+        words = ["--n", str(n), "--solver", "ddim", "--steps", "3", "--seed", "2"]
+        assert main(["sample", str(moons), *words, "--out", str(path)]) == 0
+    a, b = (np.load(path, allow_pickle=False)["x"] for path in out)
+    assert a.shape == (4, 2) and b.shape == (9, 2)
+    np.testing.assert_allclose(a, b[:4], atol=1e-5)
+    # In the data's own units: the untrained Gaussian lies about the data's mean.
+    assert abs(b.mean() - 0.38) < 1.5 and sorted(p.name for p in tmp_path.iterdir()) == [
+        "a.npz",
+        "b.npz",
+    ]
+
+
+def test_sample_a_label(digits, tmp_path):
+    out = tmp_path / "x.npz"
+    words = ["--n", "3", "--solver", "ddim", "--steps", "3", "--label", "3", "--guidance", "2"]
+    assert main(["sample", str(digits), *words, "--out", str(out)]) == 0
+    x = np.load(out)["x"]
+    assert x.shape == (3, 8, 8, 1) and x.dtype == np.uint8 and x.max() <= 16
+
+
+def test_evaluate_gives_the_same_figures_again(moons, capsys):
+    before = figures_of(moons)
+    assert main(["evaluate", str(moons)]) == 0
+    assert "nats per dim" in capsys.readouterr().out
+    after = figures_of(moons)
+    assert before.pop("seconds") and after.pop("seconds")
+    assert after == before
+    assert main(["evaluate", str(moons), "--n", "10", "--solver", "heun", "--steps", "2"]) == 0
+    assert figures_of(moons)["samples"]["evaluations"] == 4
+    assert main(["evaluate", str(moons)]) == 0
+
+
+def test_inpaint_keeps_what_is_known(digits, tmp_path, capsys):
+    out = tmp_path / "filled.npz"
+    words = ["--n", "3", "--steps", "22", "--hide", "left"]
+    assert main(["inpaint", str(digits), *words, "--out", str(out)]) == 0
+    assert "44 evaluations" in capsys.readouterr().out
+    found = np.load(out, allow_pickle=False)
+    x, mask, filled = found["x"], found["mask"], found["inpainted"]
+    assert mask[:, :4].sum() == 0 and mask[:, 4:].all()
+    np.testing.assert_array_equal(filled[:, :, 4:], x[:, :, 4:])
+    assert (filled[:, :, :4] != x[:, :, :4]).mean() > 0.3
+
+
+# --- what cannot be done ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--data", "nowhere"), "nowhere"),
+        (("--learning-rate", "-1"), "learning_rate"),
+        (("--solver", "best"), "heun"),
+        (("--config", "none.yaml"), "none.yaml"),
+        (("--process-args", "gamma=1"), "gamma"),
+        (("--data", "swissroll", "--labels"), "has none"),
+        (("--channel-mults", "1", "2", "2", "2", "2"), "sides divide by 16"),
+    ],
+)
+def test_a_run_that_cannot_be_leaves_nothing(tmp_path, capsys, monkeypatch, words, part):
+    monkeypatch.chdir(tmp_path)
+    assert part in refused(capsys, "train", *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_run_is_in_the_folder(moons, tmp_path, capsys):
+    before = snapshot(moons)
+    line = refused(capsys, "train", "--out", moons, "--seed", "3", "--ema", "0.9")
+    assert "seed 0 there, 3 now" in line and "ema 0.999 there, 0.9 now" in line
+    assert "past 5" in refused(capsys, "train", "--out", moons, "--steps", "5")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    assert "holds no run" in refused(capsys, "train", "--out", tmp_path / "mine")
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+    assert snapshot(moons) == before
+
+
+def test_a_config_file_comes_in_and_its_mistakes_are_named(moons, tmp_path, capsys):
+    out = tmp_path / "again"
+    words = ("--config", str(moons / "config.yaml"), "--out", str(out))
+    assert main(["train", *words, "--steps", "2", "--seed", "1", "--quiet"]) == 0
+    ours, theirs = (yaml.safe_load((p / "config.yaml").read_text()) for p in (out, moons))
+    changed = {name for name in ours if ours[name] != theirs[name]}
+    assert changed == {"steps", "seed", "out"}
+    path = tmp_path / "bad.yaml"
+    path.write_text("widht: 3\n")
+    line = refused(capsys, "train", "--config", path, "--out", tmp_path / "x")
+    assert "'widht'" in line and "width" in line and not (tmp_path / "x").exists()
+
+
+def test_a_falling_rate_is_bent_only_on_request(tmp_path, capsys):
+    out = tmp_path / "run"
+    words = (*MOONS, "--schedule", "cosine", "--out", str(out))
+    assert main([*words, "--steps", "2"]) == 0
+    assert "--reschedule" in refused(capsys, *words, "--steps", "4")
+    assert main([*words, "--steps", "4", "--reschedule"]) == 0
+    assert figures_of(out)["step"] == 4
+
+
+def test_commands_that_need_a_run(tmp_path, capsys):
+    for command in ("sample", "evaluate", "inpaint"):
+        assert "jaxgen train" in refused(capsys, command, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("sample", "--solver", "best"), "heun"),
+        (("sample", "--n", "0"), "--n is 0"),
+        (("sample", "--steps", "0"), "--steps is 0"),
+        (("sample", "--out", "x.gif"), ".png"),
+        (("sample", "--out", "no/such/x.png"), "no/such"),
+        (("sample", "--label", "1"), "--labels"),
+        (("sample", "--guidance", "2"), "--label"),
+        (("evaluate", "--n", "1"), "--n"),
+        (("evaluate", "--solver", "best"), "heun"),
+        (("inpaint",), "no images"),
+        (("inpaint", "--steps", "1"), "--steps"),
+    ],
+)
+def test_commands_that_a_run_refuses(moons, capsys, words, part):
+    before = snapshot(moons)
+    assert part in refused(capsys, words[0], moons, *words[1:])
+    assert snapshot(moons) == before
+
+
+def test_a_damaged_checkpoint_is_named(moons, tmp_path, capsys):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(moons, out)
+    (victim,) = (out / "checkpoints").glob("step_*6/manifest.json")
+    victim.write_text(victim.read_text().replace('"step": 6', '"step": 7'))
+    before = snapshot(out)
+    for command in ("sample", "evaluate"):
+        assert "manifest" in refused(capsys, command, out)
+    assert snapshot(out) == before
+
+
+def test_folders_that_cannot_be_written(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    for out in (file, file / "below"):
+        refused(capsys, *MOONS, "--out", out)
+    assert file.read_text() == "in the way" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.fixture
+def largest_file():
+    """Let files grow to so many bytes only, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_at_the_start(tmp_path, capsys, largest_file):
+    largest_file(100)
+    line = refused(capsys, *MOONS, "--out", tmp_path / "deep" / "run")
+    largest_file(resource.RLIM_INFINITY)
+    assert "config.yaml" in line or "File too large" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_in_the_end(moons, tmp_path, capsys, largest_file):
+    out = moons / "sampled.npz"
+    before = snapshot(moons)
+    largest_file(200)
+    words = ["sample", str(moons), "--solver", "ddim", "--steps", "3", "--out", str(out)]
+    assert main(words) == 2
+    largest_file(resource.RLIM_INFINITY)
+    assert "File too large" in capsys.readouterr().err.splitlines()[-1]
+    assert snapshot(moons) == before
+
+
+def test_default_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "nowhere" in refused(capsys, "train", "--data", "nowhere")
+    assert main([*MOONS, "--process", "ve", "--steps", "1"]) == 0
+    assert Path("runs/moons-ve/metrics.json").exists()
