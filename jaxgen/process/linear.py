@@ -97,7 +97,7 @@ class LinearSDE:
     Example:
       >>> import jax.numpy as jnp
       >>> sde = LinearSDE(lambda t: -t, lambda t: jnp.sqrt(-jnp.expm1(-2 * t)), t_min=1e-4, t_max=5)
-      >>> float(sde.diffusion(1.0).round(4))  # Ornstein-Uhlenbeck: sqrt(2)
+      >>> round(float(sde.diffusion(1.0)), 4)  # Ornstein-Uhlenbeck: sqrt(2)
       1.4142
     """
 
