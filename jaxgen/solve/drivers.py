@@ -4,7 +4,8 @@ Both call the solver's own ``init`` and ``step``, so their results agree to roun
 driver compiles faster, runs at the speed of a loop written by hand, is differentiable in reverse
 mode, and works inside ``jax.shard_map``. ``diffeqsolve`` brings step-size control, adjoints and any
 Brownian path; every sample is then its own solve, with its own steps, count and result. Inside
-``jax.shard_map`` it needs ``check_vma=False``.
+``jax.shard_map`` it needs ``check_vma=False``, as do diffrax's Runge-Kutta solvers in either driver
+(their stages are a loop of their own).
 """
 
 import functools

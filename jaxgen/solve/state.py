@@ -15,7 +15,7 @@ from jaxgen.process.linear import LinearSDE
 from jaxgen.score.prediction import PREDICTIONS, Field, convert
 from jaxgen.solve.noise import sample_keys
 from jaxgen.solve.path import fold_each
-from jaxgen.solve.terms import FieldCall, map_samples
+from jaxgen.solve.terms import FieldCall, map_samples, with_batch_of
 
 __all__ = ["Sample", "Start", "finish", "start"]
 
@@ -132,7 +132,9 @@ def _nonfinite(x: jax.Array, code: Any, batch: tuple[int, ...]) -> Any:
         is_fine = is_finite | (code != diffrax.RESULTS.successful)
         return diffrax.RESULTS.where(is_fine, code, diffrax.RESULTS.nonfinite)
 
-    return jax.vmap(one)(is_finite, codes) if batch else one(is_finite, codes)
+    if not batch:
+        return one(is_finite, codes)
+    return jax.vmap(one)(is_finite, with_batch_of(is_finite, codes))
 
 
 def finish(

@@ -37,6 +37,7 @@ __all__ = [
     "on_single",
     "probability_flow",
     "reverse_sde",
+    "with_batch_of",
 ]
 
 
@@ -59,7 +60,8 @@ class FieldCall(eqx.Module):
     def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
         """The field's output, like ``x``; ``t`` is ``()`` or ``(batch,)``."""
         given = x if self.dtype is None else x.astype(self.dtype)
-        out = self.field(given, checks.field_time(t, x, self.event_ndim))
+        time = checks.field_time(t, x, self.event_ndim)
+        out = self.field(given, time if self.event_ndim is not None else with_batch_of(x, time))
         return checks.cast_field_output(out, x)
 
 
@@ -73,6 +75,15 @@ class _Single(eqx.Module):
 def on_single(field: Field) -> Field:
     """A field of one example from a batched one: ``field(x[None], t[None])[0]``."""
     return _Single(field)
+
+
+def with_batch_of(x: jax.Array, tree: Any) -> Any:
+    """Arrays with a batch in front, laid out like ``x``'s batch on an Explicit mesh."""
+    sharding = jax.typeof(x).sharding
+    axis = sharding.spec[0] if sharding.spec else None
+    if axis is None or not sharding.mesh.explicit_axes:
+        return tree
+    return jax.tree.map(lambda v: jax.reshard(v, jax.P(axis)), tree)
 
 
 def arrays_of(sde: LinearSDE) -> LinearSDE:
@@ -103,6 +114,7 @@ def map_samples(
         return solve(own, x_i, *mapped_i, **shared)
 
     axes = (0 if has_axis else None, *[0] * (1 + len(mapped)))
+    mu, mapped = with_batch_of(x, mu) if has_axis else mu, with_batch_of(x, mapped)
     return jax.vmap(one, in_axes=axes)(mu, x, *mapped)
 
 

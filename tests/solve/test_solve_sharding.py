@@ -1,0 +1,117 @@
+"""The same samples on one device and on eight, by jit with shardings and by shard_map."""
+
+import functools
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxgen import process, score, solve
+
+N = 16
+SPEC = PartitionSpec("data")
+CORRECTED = {"solver": "ancestral", "corrector": solve.langevin_corrector(norms="expected")}
+ROWS = {
+    "euler_maruyama": {"solver": "euler_maruyama"},
+    "heun": {"solver": "heun"},
+    "corrected": CORRECTED,
+    "tsit5": {"solver": diffrax.Tsit5()},
+}
+
+
+def mesh(kind):
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices, set before jax is imported")
+    return jax.make_mesh((8,), ("data",), axis_types=(kind,))
+
+
+SDE = process.vp()
+
+
+@functools.cache
+def closed():
+    return SDE, score.closed_form.gaussian(SDE, jnp.array([1.0, -0.5]), 0.25)
+
+
+@pytest.fixture(autouse=True)
+def made_before_any_trace():
+    closed()
+
+
+def draw(key, n, row, x=None, first=0):
+    sde, exact = closed()
+    return solve.sample(
+        key, exact.noise, sde, (n, 2), steps=8, x_init=x, first_index=first, **ROWS[row]
+    ).x
+
+
+@functools.cache
+def alone(row):
+    x = jax.random.normal(jax.random.key(4), (N, 2))
+    return x, np.asarray(jax.jit(lambda k, x: draw(k, N, row, x))(jax.random.key(0), x))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_sharded_batch_gives_the_same_samples(key, row):
+    x, want = alone(row)
+    sharding = NamedSharding(mesh(AxisType.Auto), SPEC)
+    run = jax.jit(lambda k, x: draw(k, N, row, x), out_shardings=sharding)
+    out = run(key, jax.device_put(x, sharding))
+    assert len(out.sharding.device_set) == 8
+    np.testing.assert_allclose(out, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_shard_map_with_the_number_of_the_first_sample(key, row):
+    x, want = alone(row)
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh(AxisType.Auto),
+        in_specs=(PartitionSpec(), SPEC),
+        out_specs=SPEC,
+        # The loop over the stages of a diffrax Runge-Kutta step does not pass the check.
+        check_vma=row != "tsit5",
+    )
+    def run(key, x):
+        return draw(key, N // 8, row, x, jax.lax.axis_index("data") * (N // 8))
+
+    np.testing.assert_allclose(run(key, x), want, atol=2e-5)
+
+
+@pytest.mark.parametrize("row", ["euler_maruyama", "heun", "corrected"])
+def test_explicit_mesh(key, row):
+    x, want = alone(row)
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        out = jax.jit(lambda k, x: draw(k, N, row, x))(key, jax.device_put(x, SPEC))
+        assert jax.typeof(out).sharding.spec[0] == "data"
+        np.testing.assert_allclose(out, want, atol=2e-5)
+
+
+def test_batch_norms_are_averaged_over_the_mesh(key):
+    sde, exact = closed()
+    x = jax.random.normal(jax.random.key(4), (N, 2))
+
+    def run(k, x, axis_name=None, first=0):
+        return solve.sample(
+            k,
+            exact.noise,
+            sde,
+            x.shape,
+            solver="reverse_diffusion",
+            corrector=solve.langevin_corrector(axis_name=axis_name),
+            steps=4,
+            x_init=x,
+            first_index=first,
+        ).x
+
+    def part(k, x):
+        return run(k, x, "data", jax.lax.axis_index("data") * (N // 8))
+
+    specs = {"in_specs": (PartitionSpec(), SPEC), "out_specs": SPEC}
+    out = jax.jit(jax.shard_map(part, mesh=mesh(AxisType.Auto), **specs))(key, x)
+    np.testing.assert_allclose(out, jax.jit(run)(key, x), atol=2e-5)
