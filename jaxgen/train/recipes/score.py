@@ -33,6 +33,17 @@ DATA_RANGE = (-1.0, 1.0)
 _TIME_SCALE = 100.0
 
 
+def init_once(net: Any, key: jax.Array, *args: Any) -> Any:
+    """``net.init(key, *args)``, compiled in a hurry.
+
+    It runs once, and its many random draws take XLA's CPU compiler seconds to optimise.
+    """
+    if isinstance(key, jax.core.Tracer):
+        return net.init(key, *args)
+    hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(net.init, compiler_options=hurry)(key, *args)
+
+
 def make_process(name: str, arguments: tuple[str, ...] = ()) -> LinearSDE:
     """The process of this name, with numbers given as ``"name=value"``.
 
@@ -89,7 +100,7 @@ class Experiment:
         """The network's first parameters."""
         x = jnp.zeros((1, *self.train.event))
         label = jnp.zeros((1,), jnp.int32) if self.config.labels else None
-        return self.net.init(key, x, jnp.zeros((1,)), label)
+        return init_once(self.net, key, x, jnp.zeros((1,)), label)
 
     def field(
         self, params: Any, label: jax.Array | None = None, *, dropout_key: jax.Array | None = None
