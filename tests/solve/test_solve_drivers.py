@@ -10,20 +10,33 @@ import pytest
 
 from jaxgen import process, score, solve
 
-SOLVERS = {
+QUICK = {
     "euler_maruyama": "euler_maruyama",
     "ddim": "ddim",
-    "ddim_noisy": solve.ddim(1.0),
-    "heun": "heun",
     "heun_churned": solve.Heun(churn=5.0),
     "heun_time": "heun_time",
-    "Euler": diffrax.Euler(),
-    "EulerHeun": diffrax.EulerHeun(),
     "Heun": diffrax.Heun(),
     "Tsit5": diffrax.Tsit5(),
     "ShARK": diffrax.ShARK(),
-    "SRA1": diffrax.SRA1(),
+}
+SLOW = {
+    "ddim_noisy": solve.ddim(1.0),
+    "heun": "heun",
+    "Euler": diffrax.Euler(),
+    "EulerHeun": diffrax.EulerHeun(),
+    "ItoMilstein": diffrax.ItoMilstein(),
+    "StratonovichMilstein": diffrax.StratonovichMilstein(),
+    "Midpoint": diffrax.Midpoint(),
+    "Ralston": diffrax.Ralston(),
+    "Bosh3": diffrax.Bosh3(),
+    "Dopri5": diffrax.Dopri5(),
+    "Dopri8": diffrax.Dopri8(),
     "ReversibleHeun": diffrax.ReversibleHeun(),
+    "SEA": diffrax.SEA(),
+    "SRA1": diffrax.SRA1(),
+    "SPaRK": diffrax.SPaRK(),
+    "SlowRK": diffrax.SlowRK(),
+    "GeneralShARK": diffrax.GeneralShARK(),
 }
 PID = diffrax.PIDController(rtol=1e-4, atol=1e-4)
 
@@ -40,10 +53,16 @@ def draw(key, n=3, **options):
     return jax.jit(lambda k: solve.sample(k, exact.noise, sde, (n, 2), **options))(key)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-def test_both_drivers_agree(key, name):
-    scan = draw(key, solver=SOLVERS[name])
-    solved = draw(key, solver=SOLVERS[name], adjoint=diffrax.DirectAdjoint())
+@pytest.mark.parametrize(
+    "solver",
+    [
+        *(pytest.param(s, id=n) for n, s in QUICK.items()),
+        *(pytest.param(s, id=n, marks=pytest.mark.slow) for n, s in SLOW.items()),
+    ],
+)
+def test_both_drivers_agree(key, solver):
+    scan = draw(key, solver=solver)
+    solved = draw(key, solver=solver, adjoint=diffrax.DirectAdjoint())
     # Same noise, same steps: float32 rounding over 15 steps of a state of order one.
     np.testing.assert_allclose(scan.x, solved.x, atol=2e-5, rtol=1e-5)
     assert solved.nfe.shape == (3,) and bool((solved.nfe == scan.nfe).all())

@@ -33,6 +33,7 @@ def linear(step, steps, noise_shape):
     index = jnp.arange(steps)
     zero, one = jnp.zeros((2, 1)), jnp.ones((2, 1))
 
+    @jax.jit
     def at(noise, x):
         return jax.vmap(lambda i: step.apply(noise, x, i))(index)
 
@@ -118,7 +119,6 @@ def drawer(name, solver, steps, corrector, rows=2000):
     ("name", "solver", "corrector", "mean", "var", "nfe"),
     [
         ("ve", "reverse_diffusion", None, 0.99990, 0.29888, 50),
-        ("ve", "ancestral", None, 0.99990, 0.21112, 50),
         ("ve", "reverse_diffusion", "batch", 1.0, 0.25975, 100),
         ("ve", "reverse_diffusion", "expected", 1.0, 0.25975, 100),
     ],
@@ -143,9 +143,7 @@ def test_monte_carlo_agrees_with_the_recursions(key, name, solver, corrector, me
     ("steps", "snr", "mean", "var"),
     [
         (10, None, 0.32172, 0.010237),
-        (50, None, 0.29030, 0.009544),
         (1000, None, 0.28294, 0.009451),
-        (10, 0.5, 0.32757, 0.009745),
         (50, 0.5, 0.29191, 0.009865),
     ],
 )
@@ -196,7 +194,7 @@ def test_the_corrector_takes_beta_for_vp_and_sub_vp_only():
         np.testing.assert_allclose(chain.shrink, want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("predictor", ["ancestral", "ddim", solve.Heun(churn=3.0), "heun_time"])
+@pytest.mark.parametrize("predictor", ["ancestral", "ddim", solve.Heun(churn=3.0)])
 def test_any_predictor_with_any_corrector_on_levels(key, predictor):
     sde = process.vp()
     exact = score.closed_form.gaussian(sde, jnp.full((40,), MEAN), VAR)
@@ -222,7 +220,7 @@ def test_any_predictor_with_any_corrector_on_levels(key, predictor):
     draw = jax.jit(draw)
     out = draw(key, 0)
     jax.effects_barrier()
-    calls = {"ancestral": 40, "ddim": 40, "heun_time": 79}.get(str(predictor), 80)
+    calls = {"ancestral": 40, "ddim": 40}.get(str(predictor), 80)
     assert int(out.nfe) == len(seen) == 80 + calls
     assert abs(float(out.x.mean()) - MEAN) < 4 * (VAR / 1600) ** 0.5 + 0.02
     assert abs(float(out.x.var()) / VAR - 1) < 4 * (2 / 1600) ** 0.5 + 0.06
