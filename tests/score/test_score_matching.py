@@ -38,24 +38,12 @@ def mixture(sde):
     )
 
 
-# Every process, prediction kind, weighting and time sampler at least once.
-ROWS = [
-    ("vp", "noise", "likelihood", "importance"),
-    ("sub_vp", "score", "simple", "uniform"),
-    ("ve", "data", "min_snr", "stratified"),
-    ("edm", "noise", "edm", "lognormal"),
-    ("cosine", "v", "min_snr", "stratified_importance"),
-    ("rectified", "velocity", "simple", "uniform"),
-    ("mean_reverting", "data", "min_snr", "importance"),
-    ("ouve", "score", "likelihood", "stratified"),
-]
-
-
-def test_nothing_lacks_a_row():
-    for found, expected in zip(
-        zip(*ROWS, strict=True), (PROCESSES, PREDICTIONS, WEIGHTINGS, TIMES), strict=True
-    ):
-        assert set(found) == set(expected)
+ROWS = {
+    *((name, "noise", "simple", "uniform") for name in PROCESSES),
+    *(("vp", prediction, "simple", "uniform") for prediction in PREDICTIONS),
+    *(("rectified", "velocity", weighting, "importance") for weighting in WEIGHTINGS),
+    *(("mean_reverting", "data", "min_snr", time) for time in TIMES),
+}
 
 
 @functools.partial(jax.jit, static_argnames=("prediction", "weighting", "time"))
@@ -86,7 +74,7 @@ def assert_minimum_at_first(slopes):
     assert z[1, 0] > 5 and z[2, 0] < -5 and z[3, 1] > 5 and z[4, 1] < -5, z
 
 
-@pytest.mark.parametrize(("name", "prediction", "weighting", "time"), ROWS)
+@pytest.mark.parametrize(("name", "prediction", "weighting", "time"), sorted(ROWS))
 def test_closed_form_field_is_the_minimum(name, prediction, weighting, time):
     oracle = mixture(make(name))
     x0 = oracle.sample(jax.random.key(1), (N, 2))
@@ -181,7 +169,7 @@ def _by_kind(key, oracle, x0):
     return {n: jnp.stack([loss(k, n) for k in PREDICTIONS]) for n in names}
 
 
-@pytest.mark.parametrize("name", ["ouve"])
+@pytest.mark.parametrize("name", ["rectified", "ouve"])
 def test_a_weighting_means_the_same_for_every_kind(name):
     with jax.enable_x64(True):
         oracle = mixture(make(name))

@@ -42,7 +42,7 @@ def test_every_path_leads_to_the_closed_form(name):
             np.testing.assert_allclose(value, fields[b], rtol=1e-8, atol=1e-9, err_msg=f"{a} {b}")
 
 
-@pytest.mark.parametrize("name", ["vp", "edm", "rectified", "ouve"])
+@pytest.mark.parametrize("name", PROCESSES)
 def test_kinds_that_stay_exact_in_float32_near_the_ends(name):
     sde = make(name)
     oracle = closed_form.gaussian(sde, np.array([1.0, -1.0]), 0.5)
