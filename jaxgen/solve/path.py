@@ -60,6 +60,7 @@ class GridPath(diffrax.AbstractBrownianPath):
         of [0, 1].
       levy_area: ``BrownianIncrement``, ``SpaceTimeLevyArea`` or ``SpaceTimeTimeLevyArea``.
       ahead: draw every increment now; by default if there are at most 2^21 entries.
+      drawn: the normals of the increments, ``(steps, *keys, *event)``, where they are known.
 
     Example:
       >>> import jax
@@ -89,6 +90,7 @@ class GridPath(diffrax.AbstractBrownianPath):
         *,
         levy_area: type = diffrax.BrownianIncrement,
         ahead: bool | None = None,
+        drawn: jax.Array | None = None,
     ):
         self.keys, self.event, self.dtype = keys, tuple(event), jnp.dtype(dtype)
         self.steps, self.levy_area = steps, levy_area
@@ -97,6 +99,9 @@ class GridPath(diffrax.AbstractBrownianPath):
         if self.times is not None:
             self.t0 = jnp.minimum(self.times[0], self.times[-1])
             self.t1 = jnp.maximum(self.times[0], self.times[-1])
+        if drawn is not None:
+            self.drawn = (drawn,)
+            return
         if ahead is None:
             size = steps * keys.size * math.prod(self.event) * _orders(levy_area)
             ahead = size <= AHEAD

@@ -197,8 +197,8 @@ def _loop(
     """The last ``x_mean``; noise is drawn ahead where it is small."""
     x = begun.x
     # For each level a key for every kernel's noise and for every projection.
-    step_keys = fold_each(begun.key, jnp.arange(steps))
-    split = jax.vmap(lambda k: jax.random.split(k, 2 * len(kernels)))(step_keys)
+    width = 2 * len(kernels)
+    split = fold_each(begun.key, jnp.arange(steps * width)).reshape(steps, width)
 
     def is_drawn_ahead(kernel: Kernel) -> bool:
         if not isinstance(kernel, Step):

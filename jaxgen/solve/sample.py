@@ -7,6 +7,7 @@ correctors and the published grid run in the predictor-corrector loop (``drivers
 """
 
 import dataclasses
+import math
 from typing import Any, cast
 
 import diffrax
@@ -20,7 +21,7 @@ from jaxgen.score.prediction import Field
 from jaxgen.solve.drivers import Driven, rising, scan_grid, scan_terms, solve_one
 from jaxgen.solve.grids import finite_ends, make_grid
 from jaxgen.solve.meter import Ticker
-from jaxgen.solve.noise import Brownian, sample_keys, sample_path
+from jaxgen.solve.noise import Brownian, draws_ahead, sample_keys, sample_path
 from jaxgen.solve.predictor_corrector import predictor_corrector
 from jaxgen.solve.registry import resolve
 from jaxgen.solve.semilinear import GridSolver, SemiLinearTerm, knots, progress_grid
@@ -91,7 +92,7 @@ def _raw(
 def _scan(job: _Job, tick: Any) -> Driven:
     x, event, solver = job.begun.x, job.begun.event, job.solver
     if issubclass(type(solver), GridSolver):
-        path = sample_path(solver, job.keys(), event, x, job.steps)
+        path = sample_path(solver, job.keys(), event, x, job.steps, drawn=job.begun.increments)
         term = _semilinear(job, job.sde, job.field, job.times, path, job.event_ndim)
         return scan_grid(term, cast(GridSolver, solver), x, tick)
     if isinstance(solver, GridSolver):
@@ -99,7 +100,8 @@ def _scan(job: _Job, tick: Any) -> Driven:
             f"solver {type(solver).__name__} takes part steps; pass a controller for diffeqsolve"
         )
     if job.times.ndim == 1:
-        path = sample_path(solver, job.keys(), event, x, job.steps, -job.times)
+        drawn = job.begun.increments
+        path = sample_path(solver, job.keys(), event, x, job.steps, -job.times, drawn=drawn)
         terms = _raw(job, job.sde, job.field, path, job.event_ndim)
         return scan_terms(terms, solver, -job.times, x, tick)
 
@@ -272,7 +274,9 @@ def sample(
             event_ndim=event_ndim,
             first_index=first_index,
         )
-    begun = start(key, sde, shape, x_init, prediction, dtype, event_ndim, first_index)
+    is_shared = jnp.ndim(0.0 if t_start is None else t_start) == 0 and isinstance(steps, int)
+    ahead = draws_ahead(made, steps, math.prod(shape)) if is_shared and not uses_diffeq else 0
+    begun = start(key, sde, shape, x_init, prediction, dtype, event_ndim, first_index, ahead)
     times = make_grid(
         grid, sde, steps, t_start=t_start, t_end=t_end, batch=begun.batch, dtype=begun.x.dtype
     )

@@ -10,17 +10,17 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxgen.core import checks, keys
-from jaxgen.core.arrays import batch_event
+from jaxgen.core.arrays import batch_event, cast_coefficient
 from jaxgen.process.linear import LinearSDE
 from jaxgen.score.prediction import PREDICTIONS, Field, convert
 from jaxgen.solve.noise import sample_keys
-from jaxgen.solve.path import fold_each
-from jaxgen.solve.terms import FieldCall, map_samples, with_batch_of
+from jaxgen.solve.path import fold_each, normals
+from jaxgen.solve.terms import FieldCall, with_batch_of
 
 __all__ = ["Sample", "Start", "finish", "start"]
 
 
-# The interval that no grid has: its number is the key of the first state.
+# The interval that no grid has: its increment is the noise of the first state.
 _START = np.uint32(2**32 - 1)
 
 
@@ -66,6 +66,7 @@ class Start(NamedTuple):
       event: the event's shape.
       dtype: of the samples.
       field_dtype: what the field is called in, ``None`` for the state's.
+      increments: normals of the first intervals of a grid, drawn with ``x``; see ``start``.
     """
 
     key: jax.Array
@@ -74,6 +75,7 @@ class Start(NamedTuple):
     event: tuple[int, ...]
     dtype: Any
     field_dtype: Any
+    increments: jax.Array | None
 
 
 def start(
@@ -85,8 +87,12 @@ def start(
     dtype: DTypeLike | None,
     event_ndim: int | None,
     first_index: ArrayLike,
+    ahead: int = 0,
 ) -> Start:
-    """Check what every loop takes and draw the first state; see ``sample``."""
+    """Check what every loop takes and draw the first state; see ``sample``.
+
+    ``ahead`` increments of a ``GridPath`` are drawn with it, if it is drawn at all.
+    """
     keys.check(key)
     checks.one_of("prediction", prediction, PREDICTIONS)
     shape = tuple(shape)
@@ -95,31 +101,26 @@ def start(
         dtype = jnp.zeros(()).dtype if x_init is None else jnp.asarray(x_init).dtype
     dtype = checks.floating("dtype", jnp.zeros((), dtype), allow_complex=True).dtype
     wide = jnp.promote_types(dtype, jnp.float32)
+    increments = None
     if x_init is None:
-        x = _prior(key, sde, batch, event, wide, first_index)
+        numbers = np.append(np.arange(ahead, dtype=np.uint32), _START)
+        own = sample_keys(key, batch, first_index)
+        drawn = normals(fold_each(own, jnp.asarray(numbers)), event, wide)
+        x = _prior(sde, drawn[-1])
+        increments = drawn[:-1] if ahead else None
     else:
         x = checks.floating("x_init", x_init, allow_complex=True).astype(wide)
         if x.shape != shape:
             raise ValueError(f"x_init has shape {x.shape}; expected shape {shape}")
-    return Start(key, x, batch, event, dtype, dtype if dtype != wide else None)
+    return Start(key, x, batch, event, dtype, dtype if dtype != wide else None, increments)
 
 
-def _prior(
-    key: jax.Array,
-    sde: LinearSDE,
-    batch: tuple[int, ...],
-    event: tuple[int, ...],
-    dtype: Any,
-    first_index: ArrayLike,
-) -> jax.Array:
-    """The prior, sample ``i`` from ``fold_in(fold_in(key, first_index + i), _START)``."""
-    keys_start = fold_each(sample_keys(key, batch, first_index), jnp.asarray(_START))
-
-    def one(sde: LinearSDE, x: jax.Array, key: jax.Array) -> jax.Array:
-        return sde.prior_sample(key, event, dtype=dtype, event_ndim=x.ndim)
-
-    like = jnp.zeros((*batch, *event), dtype)
-    return map_samples(one, sde, like, keys_start) if batch else one(sde, like, keys_start)
+def _prior(sde: LinearSDE, noise: jax.Array) -> jax.Array:
+    """The prior's sample of this noise, like it."""
+    std = sde.sigma(sde.t_max) if sde.prior_std is None else jnp.asarray(sde.prior_std)
+    mu = sde.centre(noise)
+    x = cast_coefficient(std, noise) * noise
+    return x if mu is None else (mu + x).astype(noise.dtype)
 
 
 def _nonfinite(x: jax.Array, code: Any, batch: tuple[int, ...]) -> Any:

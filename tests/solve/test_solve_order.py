@@ -63,11 +63,15 @@ def test_order_of_convergence(solver, grid, order):
 
 def variance_error(sde, solver, steps, grid):
     """Relative error of the variance of N(0, 0.25) data, by the solver's own numbers, exactly."""
-    times = solve.make_grid(grid, sde, steps, t_end=END, dtype=jnp.float64)
-    term = SemiLinearTerm(FieldCall(lambda x, t: x), sde, times, None, "noise")
-    numbers = jax.vmap(lambda a, b: solver.coefficients(term, a, b))(*knots(term))
-    t, a, b, s = (np.asarray(v) for v in numbers)
-    alpha, sigma = np.asarray(sde.alpha(times)), np.asarray(sde.sigma(times))
+
+    @jax.jit
+    def numbers():
+        times = solve.make_grid(grid, sde, steps, t_end=END, dtype=jnp.float64)
+        term = SemiLinearTerm(FieldCall(lambda x, t: x), sde, times, None, "noise")
+        own = jax.vmap(lambda a, b: solver.coefficients(term, a, b))(*knots(term))
+        return times, sde.alpha(times), sde.sigma(times), *own
+
+    times, alpha, sigma, t, a, b, s = (np.asarray(v) for v in numbers())
     total = 0.25 * alpha**2 + sigma**2
     variance = total[0]
     for n in range(steps):
@@ -95,7 +99,7 @@ def test_ddim_is_exact_for_one_data_point(key, name):
     x = jax.random.normal(key, (4, 2))
     start, end = 0.8, 0.1
     options = {"t_start": start, "t_end": end, "steps": 1, "x_init": x, "solver": "ddim"}
-    out = solve.sample(key, exact.noise, sde, (4, 2), **options)
+    out = jax.jit(lambda k: solve.sample(k, exact.noise, sde, (4, 2), **options))(key)
     noise = (x - sde.alpha(start) * point) / sde.sigma(start)
     want = sde.alpha(end) * point + sde.sigma(end) * noise
     np.testing.assert_allclose(out.x, want, atol=2e-5 * float(sde.sigma(start)) + 2e-5)
