@@ -1,5 +1,6 @@
 """The command's front: help, versions, the table of systems, flags that are not understood."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,33 @@ def test_help_is_quick_and_imports_nothing_heavy():
     for name in COMMANDS:
         assert f"\n  {name}" in done.stdout
     assert "examples:" in done.stdout
+
+
+def test_a_heavy_command_starts_again_once_for_large_pages(monkeypatch, tmp_path):
+    started = []
+
+    def execve(program, words, environment):
+        started.append((program, words, environment["GLIBC_TUNABLES"]))
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(sys, "argv", ["jaxgen", "sample", str(tmp_path)])
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert main() == 2
+    assert started == [(sys.executable, sys.orig_argv, "glibc.malloc.hugetlb=1")]
+    monkeypatch.setenv("GLIBC_TUNABLES", "mine")
+    assert main() == 2
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    monkeypatch.setattr(sys, "argv", ["jaxgen", "systems"])
+    assert main() == 0
+    assert len(started) == 1
+
+
+def test_the_module_is_the_command(tmp_path):
+    words = [sys.executable, "-m", "jaxgen.cli", "sample", str(tmp_path / "none")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "jaxgen train" in done.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)
