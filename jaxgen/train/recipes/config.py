@@ -142,7 +142,7 @@ MAY_CHANGE = (
 
 _TABLE = {
     # kind: (steps, batch, learning rate, width, mults, blocks, patch, dropout, solver steps)
-    "small": (700, 128, 2e-3, 32, (1, 2), 1, 1, 0.0, 24),
+    "small": (1200, 128, 2e-3, 32, (1, 2), 1, 1, 0.0, 24),
     "images": (8000, 64, 1e-3, 32, (1, 2, 4), 1, 2, 0.0, 24),
     "points": (4000, 256, 1e-3, 128, (1,), 3, 1, 0.0, 24),
 }
