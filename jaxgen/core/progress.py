@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["Meter", "meter"]
 
@@ -21,7 +21,7 @@ class Meter:
         initial: int = 0,
         description: str = "",
         unit: str = "step",
-        enabled: bool | None = None,
+        enabled: bool | Literal["bar"] | None = None,
         every: float = 10.0,
     ):
         self._total, self._done, self._initial = total, initial, initial
@@ -92,7 +92,7 @@ def meter(
     initial: int = 0,
     description: str = "",
     unit: str = "step",
-    enabled: bool | None = None,
+    enabled: bool | Literal["bar"] | None = None,
     every: float = 10.0,
 ) -> Meter:
     """A progress meter, as a context manager.
@@ -103,7 +103,7 @@ def meter(
       description: what is being done.
       unit: the name of one unit, singular.
       enabled: ``False`` shows nothing; ``None`` or ``True`` shows a bar where standard error is
-        a terminal and a plain line every ``every`` seconds elsewhere.
+        a terminal and a plain line every ``every`` seconds elsewhere; ``"bar"`` always a bar.
       every: seconds between plain lines.
 
     Example:

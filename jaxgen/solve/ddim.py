@@ -70,12 +70,7 @@ class DDIM(GridSolver):
         is_full: bool | None = None,
     ) -> tuple[jax.Array, Any]:
         """One call of the field."""
-        t, a, b, spread = numbers
-        pairs = [(b, term.output(x, t))]
-        if noise is not None:
-            scale, increment = noise
-            pairs.append((spread * scale, increment))
-        return term.combine(x, a, *pairs), state
+        return term.one_call(x, numbers, noise), state
 
     def additive_noise(self, numbers: Any) -> jax.Array | None:
         """The deviation of the noise."""

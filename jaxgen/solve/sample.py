@@ -91,6 +91,7 @@ def _raw(
 
 def _scan(job: _Job, tick: Any) -> Driven:
     x, event, solver = job.begun.x, job.begun.event, job.solver
+    # HalfSolver passes isinstance for the solver it wraps, so the type itself is asked.
     if issubclass(type(solver), GridSolver):
         path = sample_path(solver, job.keys(), event, x, job.steps, drawn=job.begun.increments)
         term = _semilinear(job, job.sde, job.field, job.times, path, job.event_ndim)

@@ -117,6 +117,26 @@ class SemiLinearTerm(diffrax.AbstractTerm):
         mu = self._mu(x)
         return x if mu is None else x - mu
 
+    def one_call(
+        self,
+        x: jax.Array,
+        numbers: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+        noise: tuple[jax.Array, jax.Array] | None,
+    ) -> jax.Array:
+        """``a x + b f(x, t) + s dw``, the step of solvers that call the field once, like ``x``.
+
+        Args:
+          x: the state.
+          numbers: ``(t, a, b, s)``, each ``()`` or ``(batch,)``.
+          noise: scale and increment of the path, ``None`` without noise.
+        """
+        t, a, b, spread = numbers
+        pairs = [(b, self.output(x, t))]
+        if noise is not None:
+            scale, increment = noise
+            pairs.append((spread * scale, increment))
+        return self.combine(x, a, *pairs)
+
     def combine(self, x: jax.Array, a: jax.Array, *pairs: tuple[jax.Array, jax.Array]) -> jax.Array:
         """``mu + a (x - mu) + sum b out'`` over the pairs ``(b, out')``, like ``x``."""
         mu = self._mu(x)
