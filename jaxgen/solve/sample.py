@@ -7,6 +7,7 @@ correctors and the published grid run in the predictor-corrector loop (``drivers
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, cast
 
@@ -157,9 +158,12 @@ def _diffeq(
 
     if not job.begun.batch:
         return one(job.sde, job.begun.x, job.keys(), job.times, job.field)
-    times = job.times if job.times.ndim == 2 else job.times[:, None]
-    times = jnp.broadcast_to(times, (job.steps + 1, *job.begun.batch)).T
-    return map_samples(one, job.sde, job.begun.x, job.keys(), times, field=on_single(job.field))
+    if job.times.ndim == 1:  # one clock for all, which a loop over fixed steps then keeps
+        alike = functools.partial(one, times=job.times, field=on_single(job.field))
+        return map_samples(alike, job.sde, job.begun.x, job.keys())
+    return map_samples(
+        one, job.sde, job.begun.x, job.keys(), job.times.T, field=on_single(job.field)
+    )
 
 
 def sample(
