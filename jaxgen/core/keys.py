@@ -4,6 +4,7 @@ A sample then does not change with the size of its batch or with the number of d
 example without a batch uses its key as it is.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ def check(key: Any) -> jax.Array:
     return key
 
 
+@functools.partial(jax.jit, static_argnames=("n", "offset"), inline=True)
 def fold(key: jax.Array, n: int, offset: int = 0) -> jax.Array:
     """Keys ``(n,)``: ``fold_in(key, offset + i)``."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(offset, offset + n))
@@ -42,6 +44,17 @@ def fold(key: jax.Array, n: int, offset: int = 0) -> jax.Array:
 def map_batch(draw: Callable[[jax.Array], Any], key: jax.Array, batch: tuple[int, ...]) -> Any:
     """``draw(key)`` for no batch, ``vmap(draw)`` over per-example keys for a batch ``(n,)``."""
     return jax.vmap(draw)(fold(check(key), batch[0])) if batch else draw(check(key))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3, 4), inline=True)
+def _draw(
+    sampler: Callable[..., jax.Array],
+    key: jax.Array,
+    batch: tuple[int, ...],
+    event: tuple[int, ...],
+    dtype: Any,
+) -> jax.Array:
+    return map_batch(lambda k: sampler(k, event, dtype), key, batch)
 
 
 def normal(
@@ -57,7 +70,7 @@ def normal(
     """
     batch, event = batch_event(tuple(shape), event_ndim)
     draw_dtype = jnp.promote_types(dtype, jnp.float32)
-    return map_batch(lambda k: jax.random.normal(k, event, draw_dtype), key, batch).astype(dtype)
+    return _draw(jax.random.normal, check(key), batch, event, draw_dtype).astype(dtype)
 
 
 def rademacher(
@@ -68,7 +81,7 @@ def rademacher(
 ) -> jax.Array:
     """Independent signs of ``shape``, per example (module docstring)."""
     batch, event = batch_event(tuple(shape), event_ndim)
-    return map_batch(lambda k: jax.random.rademacher(k, event, dtype), key, batch)
+    return _draw(jax.random.rademacher, check(key), batch, event, dtype)
 
 
 def uniform(
@@ -79,4 +92,4 @@ def uniform(
 ) -> jax.Array:
     """Uniform draws on [0, 1) of ``shape``, per example (module docstring)."""
     batch, event = batch_event(tuple(shape), event_ndim)
-    return map_batch(lambda k: jax.random.uniform(k, event, real_dtype(dtype)), key, batch)
+    return _draw(jax.random.uniform, check(key), batch, event, real_dtype(dtype))

@@ -17,6 +17,7 @@ come from automatic differentiation of the two functions.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,6 +55,20 @@ class Rates(NamedTuple):
     sigma_dot: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames="ends", inline=True)
+def _in_range(
+    t: jax.Array, low: Any, high: Any, *, ends: tuple[float, float] | None
+) -> tuple[jax.Array, jax.Array]:
+    """``t`` in at least float32, NaN where it is out of range, and whether all of it is in."""
+    t = t.astype(at_least_f32(t.dtype))
+    slack = _SLACK * (high - low)
+    ok = (t >= low - slack) & (t <= high + slack)
+    if ends is not None:
+        ok |= (t == ends[0]) | (t == ends[1])
+    return jnp.where(ok, t, jnp.nan), jnp.all(ok)
+
+
+@functools.partial(jax.jit, inline=True)
 def _like_time(value: jax.Array, t: jax.Array) -> jax.Array:
     """``value``, but NaN where ``t`` is: a schedule that ignores its time must not hide it."""
     return jnp.where(jnp.isnan(t), jnp.nan, value)
@@ -146,20 +161,15 @@ class LinearSDE:
 
     def _time(self, t: ArrayLike) -> jax.Array:
         """``t`` in at least float32, NaN where it is out of range (an error under checkify)."""
-        t = jnp.asarray(t)
-        t = t.astype(at_least_f32(t.dtype))
-        slack = _SLACK * (self.t_max - self.t_min)
-        ok = (t >= self.t_min - slack) & (t <= self.t_max + slack)
-        if self.ends is not None:
-            ok |= (t == self.ends[0]) | (t == self.ends[1])
+        known, is_fine = _in_range(jnp.asarray(t), self.t_min, self.t_max, ends=self.ends)
         checks.debug_check(
-            jnp.all(ok),
+            is_fine,
             "t is outside [{low}, {high}]: {t}",
             low=jnp.asarray(self.t_min),
             high=jnp.asarray(self.t_max),
-            t=t,
+            t=jnp.asarray(t),
         )
-        return jnp.where(ok, t, jnp.nan)
+        return known
 
     def _alpha(self, t: jax.Array) -> jax.Array:
         if self.alpha_fn is not None:

@@ -18,6 +18,7 @@ arXiv 2102.09672, [4] Liu et al., arXiv 2209.03003, [5] Luo et al., arXiv 2301.1
 et al., arXiv 2212.11851. The VE kernel takes the data as already blurred by s_min at t = 0.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -64,21 +65,29 @@ def _check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {number}; expected a finite positive number")
 
 
+# One compilation where a schedule is called outside of jit, and no trace of its own inside.
+_elementwise = functools.partial(jax.jit, inline=True)
+
+
 # --- variance preserving, and sub ------------------------------------------------------------
 
 
+@_elementwise
 def _vp_log_alpha(t, beta_min, beta_max):
     return -0.25 * t**2 * (beta_max - beta_min) - 0.5 * t * beta_min
 
 
+@_elementwise
 def _vp_sigma(t, beta_min, beta_max):
     return jnp.sqrt(-jnp.expm1(2 * _vp_log_alpha(t, beta_min, beta_max)))
 
 
+@_elementwise
 def _sub_vp_sigma(t, beta_min, beta_max):
     return -jnp.expm1(2 * _vp_log_alpha(t, beta_min, beta_max))
 
 
+@_elementwise
 def _vp_time(minus_log_alpha, beta_min, beta_max):
     """The root of the quadratic L(t), in the form without cancellation at small t."""
     b = 2 * minus_log_alpha
@@ -86,10 +95,12 @@ def _vp_time(minus_log_alpha, beta_min, beta_max):
     return 2 * b / (beta_min + root)
 
 
+@_elementwise
 def _vp_inverse(value, beta_min, beta_max):
     return _vp_time(0.5 * jax.nn.softplus(-value), beta_min, beta_max)
 
 
+@_elementwise
 def _sub_vp_inverse(value, beta_min, beta_max):
     return _vp_time(jnp.arcsinh(0.5 * jnp.exp(-0.5 * value)), beta_min, beta_max)
 
@@ -142,15 +153,18 @@ def sub_vp(beta_min: ArrayLike = 0.1, beta_max: ArrayLike = 20.0) -> LinearSDE:
 # --- variance exploding ----------------------------------------------------------------------
 
 
+@_elementwise
 def _no_decay(t, *params):
     del params
     return jnp.zeros_like(t)
 
 
+@_elementwise
 def _ve_sigma(t, sigma_min, sigma_max):
     return sigma_min * jnp.exp(t * jnp.log(sigma_max / sigma_min))
 
 
+@_elementwise
 def _ve_inverse(value, sigma_min, sigma_max):
     return (-0.5 * value - jnp.log(sigma_min)) / jnp.log(sigma_max / sigma_min)
 
@@ -178,11 +192,13 @@ def ve(sigma_min: ArrayLike = 0.01, sigma_max: ArrayLike = 50.0) -> LinearSDE:
     )
 
 
+@_elementwise
 def _edm_sigma(t, *params):
     del params
     return t
 
 
+@_elementwise
 def _edm_inverse(value, *params):
     del params
     return jnp.exp(-0.5 * value)
@@ -214,17 +230,20 @@ def edm(sigma_min: ArrayLike = 0.002, sigma_max: ArrayLike = 80.0) -> LinearSDE:
 _HALF_PI = 0.5 * math.pi
 
 
+@_elementwise
 def _cosine_alpha(t, *params):
     del params
     # The sine of the complement keeps relative accuracy where the cosine vanishes.
     return jnp.sin(_HALF_PI * (1 - t))
 
 
+@_elementwise
 def _cosine_sigma(t, *params):
     del params
     return jnp.sin(_HALF_PI * t)
 
 
+@_elementwise
 def _cosine_log_alpha(t, *params):
     del params
     early = t < 0.5
@@ -233,6 +252,7 @@ def _cosine_log_alpha(t, *params):
     return jnp.where(early, 0.5 * jnp.log1p(-(sine**2)), jnp.log(cosine))
 
 
+@_elementwise
 def _cosine_inverse(value, *params):
     del params
     # Each half by the arctangent of a number below one.
@@ -259,16 +279,19 @@ def cosine() -> LinearSDE:
     )
 
 
+@_elementwise
 def _rectified_alpha(t, *params):
     del params
     return 1 - t
 
 
+@_elementwise
 def _rectified_log_alpha(t, *params):
     del params
     return jnp.log1p(-t)
 
 
+@_elementwise
 def _rectified_inverse(value, *params):
     del params
     return jax.nn.sigmoid(-0.5 * value)
@@ -295,15 +318,18 @@ def rectified() -> LinearSDE:
 # --- with an anchor ------------------------------------------------------------------------------
 
 
+@_elementwise
 def _reverting_log_alpha(t, sigma_inf, alpha_end):
     del sigma_inf
     return t * jnp.log(alpha_end)
 
 
+@_elementwise
 def _reverting_sigma(t, sigma_inf, alpha_end):
     return sigma_inf * jnp.sqrt(-jnp.expm1(2 * _reverting_log_alpha(t, sigma_inf, alpha_end)))
 
 
+@_elementwise
 def _reverting_inverse(value, sigma_inf, alpha_end):
     return -0.5 * jax.nn.softplus(-value - 2 * jnp.log(sigma_inf)) / jnp.log(alpha_end)
 
@@ -338,22 +364,26 @@ def mean_reverting(
     )
 
 
+@_elementwise
 def _ouve_log_alpha(t, theta, sigma_min, sigma_max):
     del sigma_min, sigma_max
     return -theta * t
 
 
+@_elementwise
 def _ouve_growth(theta, sigma_min, sigma_max):
     """The rate 2 (theta + L) and the scale sigma_min^2 L / (theta + L), L = log(s_max/s_min)."""
     log_ratio = jnp.log(sigma_max / sigma_min)
     return 2 * (theta + log_ratio), sigma_min**2 * log_ratio / (theta + log_ratio)
 
 
+@_elementwise
 def _ouve_sigma(t, theta, sigma_min, sigma_max):
     rate, scale = _ouve_growth(theta, sigma_min, sigma_max)
     return jnp.exp(-theta * t) * jnp.sqrt(scale * jnp.expm1(rate * t))
 
 
+@_elementwise
 def _ouve_inverse(value, theta, sigma_min, sigma_max):
     rate, scale = _ouve_growth(theta, sigma_min, sigma_max)
     return jnp.log1p(jnp.exp(-value) / scale) / rate

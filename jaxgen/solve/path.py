@@ -6,6 +6,7 @@ all at once before a loop. A path of single increments knows nothing between the
 that is not one of the grid's gives NaN (use ``diffrax.VirtualBrownianTree`` there).
 """
 
+import functools
 import math
 from typing import Any
 
@@ -26,6 +27,7 @@ AHEAD = 2**21
 _VARIANCES = (1.0, 1 / 12, 1 / 720)
 
 
+@functools.partial(jax.jit, inline=True)
 def fold_each(keys: jax.Array, numbers: jax.Array) -> jax.Array:
     """``fold_in(key, n)`` for each number and key: ``(*numbers, *keys)``."""
     flat = keys.reshape(-1)
@@ -33,6 +35,7 @@ def fold_each(keys: jax.Array, numbers: jax.Array) -> jax.Array:
     return each(numbers.reshape(-1)).reshape(numbers.shape + keys.shape)
 
 
+@functools.partial(jax.jit, static_argnames=("event", "dtype"), inline=True)
 def normals(keys: jax.Array, event: tuple[int, ...], dtype: Any) -> jax.Array:
     """Standard normals ``(*keys, *event)``, one draw for each key.
 

@@ -1,6 +1,7 @@
 """What every loop starts from and hands back: the first state, and a ``Sample``."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import diffrax
@@ -98,8 +99,8 @@ def start(
     shape = tuple(shape)
     batch, event = batch_event(shape, event_ndim)
     if dtype is None:
-        dtype = jnp.zeros(()).dtype if x_init is None else jnp.asarray(x_init).dtype
-    dtype = checks.floating("dtype", jnp.zeros((), dtype), allow_complex=True).dtype
+        dtype = jnp.result_type(float) if x_init is None else jnp.asarray(x_init).dtype
+    dtype = checks.floating("dtype", np.zeros((), dtype), allow_complex=True).dtype
     wide = jnp.promote_types(dtype, jnp.float32)
     increments = None
     if x_init is None:
@@ -123,6 +124,7 @@ def _prior(sde: LinearSDE, noise: jax.Array) -> jax.Array:
     return x if mu is None else (mu + x).astype(noise.dtype)
 
 
+@functools.partial(jax.jit, static_argnames="batch", inline=True)
 def _nonfinite(x: jax.Array, code: Any, batch: tuple[int, ...]) -> Any:
     """The result codes, ``nonfinite`` where a sample is."""
     axes = tuple(range(len(batch), x.ndim))

@@ -38,6 +38,17 @@ Batches = Callable[[int], Iterable[Any]] | Iterable[Any]
 _AHEAD = 4
 
 
+def _steps_ahead(metrics: Metrics) -> int:
+    """How many steps may be in flight.
+
+    The CPU devices of a process share one pool of threads, in which a waiting collective holds a
+    thread: several steps in flight can leave none to go on with, and XLA then aborts the process.
+    """
+    devices = metrics.loss.devices()
+    is_crowded = len(devices) > 1 and next(iter(devices)).platform == "cpu"
+    return 0 if is_crowded else _AHEAD
+
+
 class Interrupted(RuntimeError):
     """The run was stopped by a signal after its step was finished and saved.
 
@@ -228,7 +239,7 @@ class _Runner:
         position = int(self.state.examples)
         source = iter(batches(position) if callable(batches) else batches)
         ahead: deque[Metrics] = deque()
-        self.saved, last_save, first = self.done, time.monotonic(), True
+        self.saved, last_save, first, most_ahead = self.done, time.monotonic(), True, _AHEAD
         while self.done < self.steps and not signals.received:
             batch = next(source, None)
             if batch is None:
@@ -241,7 +252,7 @@ class _Runner:
             if first:
                 # Compiling is over; it is no part of the rate.
                 self.report.restart_clock()
-                first = False
+                first, most_ahead = False, _steps_ahead(metrics)
             # The report of an earlier step is read here, while this one runs.
             shown = self.report.pending()
             self.report.add(metrics, batch)
@@ -250,7 +261,7 @@ class _Runner:
             if self.done < self.steps:
                 self.meter.update(1, **(shown or {}))
             ahead.append(metrics)
-            if len(ahead) > _AHEAD:
+            if len(ahead) > most_ahead:
                 oldest = ahead.popleft()
                 oldest.loss.block_until_ready()
                 if self.done % look_every == 0:

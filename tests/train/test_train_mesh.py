@@ -57,7 +57,7 @@ def run(mesh, step=STEP, steps=STEPS):
     for i in range(steps):
         x = batch(i) if mesh is None else train.shard_batch(batch(i), mesh)
         state, metrics = step(state, x)
-        losses.append(metrics.loss)
+        losses.append(metrics.loss.block_until_ready())  # see fit: one step in flight
     like = jnp.zeros((BATCH, 2))
     like = like if mesh is None else train.shard_batch(like, mesh)
     return state, np.array(jax.device_get(losses)), sample(jax.random.key(3), state.ema, like)
