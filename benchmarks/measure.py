@@ -87,6 +87,17 @@ def first_call(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def compile_seconds(make: Callable[[], Callable[..., Any]], *args: Any, times: int = 3) -> float:
+    """Median seconds to trace, lower and compile a function, made anew each time."""
+    seconds = []
+    for _ in range(times):
+        function = jax.jit(make())
+        start = time.perf_counter()
+        function.lower(*args).compile()
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))
+
+
 def _timed(run: Callable[[], Any], repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
