@@ -183,21 +183,25 @@ def evaluate(
     seconds: dict[str, float] = {}
 
     def timed(name: str, line: str, work: Callable[[], Any]) -> Any:
-        say(line)
+        if line:
+            say(line)
         start = time.monotonic()
         done = work()
         seconds[name] = round(time.monotonic() - start, 2)
         return done
 
+    n = min(config.eval_likelihood, len(experiment.held_out))
+
     def measured_likelihood() -> dict[str, Any]:
-        n = min(config.eval_likelihood, len(experiment.held_out))
         return timed(
             "likelihood",
-            f"likelihood of {n} held-out examples",
+            "",
             lambda: likelihood(key_likelihood, experiment, params, experiment.held_out, n),
         )
 
     # The likelihood takes half of the time, much of it in the compiler, which uses one core.
+    # Said here, as two threads may tear each other's lines.
+    say(f"likelihood of {n} held-out examples")
     with ThreadPoolExecutor(1) as beside:
         waiting = beside.submit(measured_likelihood)
         drawn = timed(
