@@ -2,7 +2,8 @@
 
 The rooms are imported on first use: ``jaxgen.process`` (how data becomes noise), ``jaxgen.score``
 (what a network is taught), ``jaxgen.solve`` (from noise back to data), ``jaxgen.guide``
-(conditions and inverse tasks), ``jaxgen.metrics``, ``jaxgen.nets`` and ``jaxgen.train``.
+(conditions and inverse tasks), ``jaxgen.share`` (fewer parameters than weights), ``jaxgen.prune``
+(masks over parameters), ``jaxgen.metrics``, ``jaxgen.nets`` and ``jaxgen.train``.
 """
 
 import importlib
@@ -10,7 +11,18 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_ROOMS = ("core", "guide", "metrics", "nets", "process", "score", "solve", "train")
+_ROOMS = (
+    "core",
+    "guide",
+    "metrics",
+    "nets",
+    "process",
+    "prune",
+    "score",
+    "share",
+    "solve",
+    "train",
+)
 
 __all__ = ["__version__", *_ROOMS]
 

@@ -23,7 +23,7 @@ def _modules():
 def test_importing_starts_no_device_and_no_plotting():
     code = (
         "import sys, jaxgen\n"
-        "from jaxgen import guide, metrics, nets, process, score, solve, train\n"
+        "from jaxgen import guide, metrics, nets, process, prune, score, share, solve, train\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge.backends_are_initialized()\n"
         "assert 'matplotlib' not in sys.modules\n"
@@ -36,7 +36,7 @@ def test_functions_stay_callable_beside_modules_of_their_name():
     for name in _modules():
         importlib.import_module(name)
     assert inspect.isfunction(jaxgen.solve.sample)
-    for room in ("core", "guide", "metrics", "nets", "process", "score", "solve", "train"):
+    for room in jaxgen._ROOMS:
         module = getattr(jaxgen, room)
         missing = [n for n in module.__all__ if not hasattr(module, n)]
         assert not missing, f"jaxgen.{room}.__all__ names {missing}"
