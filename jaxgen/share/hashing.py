@@ -158,7 +158,7 @@ def sign(x: Any, seed: int | Any = 0) -> Any:
 
     Example:
       >>> sign(np.arange(4), 7).tolist()
-      [1, 1, 1, -1]
+      [1, 1, -1, -1]
     """
     bit = (fmix32(x, seed) & np.uint32(1)).astype(np.int32)
     return np.int32(1) - np.int32(2) * bit
