@@ -60,11 +60,14 @@ class Selected:
 
     def largest(self, scores: list[jax.Array], k: Any) -> list[jax.Array]:
         """Where the ``k`` largest scores over all selected leaves stand."""
-        flat = top_k_mask(jnp.concatenate([s.reshape(-1) for s in scores]), k)
-        ends, out = 0, []
+        return self.parts(top_k_mask(jnp.concatenate([s.reshape(-1) for s in scores]), k))
+
+    def parts(self, flat: jax.Array) -> list[jax.Array]:
+        """An array ``(n,)`` cut into the shapes of the selected leaves."""
+        start, out = 0, []
         for leaf in self.leaves:
-            out.append(flat[ends : ends + leaf.size].reshape(leaf.shape))
-            ends += leaf.size
+            out.append(flat[start : start + leaf.size].reshape(leaf.shape))
+            start += leaf.size
         return out
 
 

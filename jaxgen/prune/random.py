@@ -3,9 +3,9 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxgen.core import keys
-from jaxgen.core.arrays import real_dtype
 from jaxgen.prune.masks import Select, split
 
 __all__ = ["random"]
@@ -27,9 +27,6 @@ def random(key: jax.Array, params: Any, keep: int | float, *, select: Select | N
       ValueError, TypeError: as ``top_k``; a raw key.
     """
     selected, k = split(params, keep, select)
-    own = jax.random.split(keys.check(key), len(selected.leaves))
-    scores = [
-        jax.random.uniform(one, leaf.shape, real_dtype(leaf.dtype))
-        for one, leaf in zip(own, selected.leaves, strict=True)
-    ]
-    return selected.mask(selected.largest(scores, k))
+    # Not the largest of random scores: in reduced precision these would tie, and ties go in order.
+    kept = jax.random.permutation(keys.check(key), jnp.arange(selected.n) < k)
+    return selected.mask(selected.parts(kept))

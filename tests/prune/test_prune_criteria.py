@@ -110,7 +110,9 @@ def test_synflow_refuses_a_network_without_flow(params):
         prune.synflow(through, params, 5, rounds=0)
 
 
-def test_random_is_uniform_and_exact(params):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_random_is_uniform_and_exact(params, dtype):
+    params = {n: {"kernel": params[n]["kernel"].astype(dtype)} for n in SHAPES}
     draw = jax.jit(jax.vmap(lambda key: prune.random(key, params, 20)))
     masks = draw(jax.random.split(jax.random.key(0), 2000))
     kept = np.concatenate([np.asarray(masks[n]["kernel"]).reshape(2000, -1) for n in SHAPES], 1)
