@@ -22,6 +22,8 @@ __all__ = [
     "safe_sqrt",
     "strong_scalar",
     "sum_event",
+    "unsharded",
+    "varying_zeros",
 ]
 
 
@@ -127,3 +129,27 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     """Square root, zero with gradient zero where ``x <= 0``; NaN stays NaN."""
     vanishes = x <= 0
     return jnp.where(vanishes, 0.0, jnp.sqrt(jnp.where(vanishes, 1.0, x))).astype(x.dtype)
+
+
+def unsharded(x: jax.Array) -> jax.Array:
+    """``x`` replicated on its own mesh where that mesh has Explicit axes, else as it is.
+
+    There, slices, gathers, sorts and scatters of a sharded operand raise.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if jax.sharding.AxisType.Explicit not in mesh.axis_types:
+        return x
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+def varying_zeros(shape: tuple[int, ...], dtype: DTypeLike, *like: jax.Array) -> jax.Array:
+    """Zeros to start a loop with that adds up arrays such as ``like``.
+
+    Under ``shard_map`` they vary over the same mesh axes as ``like``, which a loop's carry must.
+    """
+    zeros = jnp.zeros(shape, dtype)
+    for x in like:
+        # Never taken, but what follows depends on x all the same.
+        first = x[(0,) * x.ndim].astype(dtype)
+        zeros = zeros + jnp.where(False, first, jnp.zeros((), dtype))
+    return zeros

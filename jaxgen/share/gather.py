@@ -1,0 +1,441 @@
+r"""From a pool to the weights and back: theta = A psi, A^T, and the least-squares inverse.
+
+A has one entry lambda g per row, so it is never stored: the slots are computed. ``"stable"`` moves
+whole windows. With the pool written twice in a row, partition q is the contiguous window that
+starts at u(q), and A^T adds each partition's gradient to the window that it came from: a fixed
+order of sums, no atomics, no index. ``"roast"`` moves one window a chunk, ``"hashednet"`` computes
+the slots of a block of weights at a time.
+
+Left out: forward-mode derivatives in the pool (reverse mode works to any order).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxgen.core import arrays, keys
+from jaxgen.share.hashing import mersenne31, quadratic31, sign
+from jaxgen.share.layout import Layout, Spec, named_leaves
+
+__all__ = ["Shared", "compress", "expand", "expand_leaf", "init", "slots"]
+
+# Weights whose slots "hashednet" computes at a time, and windows taken one by one at most.
+_BLOCK = 1 << 16
+_UNROLLED = 4
+
+
+class Shared(NamedTuple):
+    """The parameters that are trained: a pytree in place of the model's own.
+
+    Attributes:
+      pool: ``(m,)``, floating.
+      rest: the leaves that pass through, by name.
+    """
+
+    pool: jax.Array
+    rest: dict[str, jax.Array]
+
+
+def _split(spec: Spec) -> tuple[list[tuple[int, int]], tuple[int, int], list[tuple[int, int]]]:
+    """Windows ``(start, length)`` before, the full partitions ``[q0, q1)``, windows after."""
+    m, end = spec.m, spec.offset + spec.padded
+    q0, q1 = -(-spec.offset // m), end // m
+
+    def window(at: int, until: int) -> tuple[int, int]:
+        q, t = divmod(at, m)
+        return (int(spec.shift(q)) * spec.unit + t) % m, until - at
+
+    if q1 - q0 <= _UNROLLED:
+        cuts = [spec.offset, *range(q0 * m, end, m), end]
+        cuts = sorted({c for c in cuts if spec.offset <= c <= end})
+        return [window(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)], (0, 0), []
+    before = [window(spec.offset, q0 * m)] if spec.offset < q0 * m else []
+    after = [window(q1 * m, end)] if q1 * m < end else []
+    return before, (q0, q1), after
+
+
+def _full_starts(spec: Spec, q0: int, q1: int) -> jax.Array:
+    shifts = spec.shift(lax.iota(jnp.uint32, q1 - q0) + np.uint32(q0))
+    return (shifts * np.uint32(spec.unit)).astype(jnp.int32)
+
+
+def _chunk_starts(spec: Spec) -> jax.Array:
+    """Where the window of each chunk of a ``"roast"`` leaf starts."""
+    (rows, columns), chunk = spec.grid, math.prod(spec.tile or ())
+    o = np.uint32(spec.offset % 2**32)
+    r = lax.broadcasted_iota(jnp.uint32, (rows, columns), 0).reshape(-1) + o
+    c = lax.broadcasted_iota(jnp.uint32, (rows, columns), 1).reshape(-1) + o + np.uint32(rows)
+    h = mersenne31(c, spec.key(5, 1), mersenne31(r, spec.key(4, 1), spec.key(6)))
+    return (h % np.uint32(spec.m - chunk + 1)).astype(jnp.int32)
+
+
+def _hashed_slots(spec: Spec, index: jax.Array) -> jax.Array:
+    h = quadratic31(index, spec.key(7), spec.key(8, 1), spec.key(9))
+    return (h % np.uint32(spec.m)).astype(jnp.int32)
+
+
+def _windows(pool: jax.Array, starts: jax.Array, length: int) -> jax.Array:
+    return jax.vmap(lambda s: lax.dynamic_slice(pool, (s,), (length,)))(starts)
+
+
+def _gather(pool: jax.Array, doubled: jax.Array, spec: Spec) -> jax.Array:
+    """The slots of a leaf, in its order: ``(padded,)``."""
+    if spec.scheme == "stable":
+        before, (q0, q1), after = _split(spec)
+        parts = [lax.slice(doubled, (s,), (s + k,)) for s, k in before]
+        if q1 > q0:
+            parts.append(_windows(doubled, _full_starts(spec, q0, q1), spec.m).reshape(-1))
+        parts += [lax.slice(doubled, (s,), (s + k,)) for s, k in after]
+        return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+    if spec.scheme == "roast":
+        return _windows(pool, _chunk_starts(spec), math.prod(spec.tile or ())).reshape(-1)
+
+    def block(first: jax.Array) -> jax.Array:
+        index = first + lax.iota(jnp.uint32, min(_BLOCK, spec.padded))
+        return pool.at[_hashed_slots(spec, index)].get(mode="promise_in_bounds")
+
+    return lax.map(block, _block_firsts(spec)).reshape(-1)[: spec.padded]
+
+
+def _block_firsts(spec: Spec) -> jax.Array:
+    block = min(_BLOCK, spec.padded)
+    count = -(-spec.padded // block)
+    return lax.iota(jnp.uint32, count) * np.uint32(block) + np.uint32(spec.offset % 2**32)
+
+
+def _scatter(total: jax.Array, flat: jax.Array, spec: Spec) -> jax.Array:
+    """Add a leaf's entries to their slots in ``total``: ``(2m,)`` under ``"stable"``."""
+    if spec.scheme == "roast":
+        chunks = flat.reshape(-1, math.prod(spec.tile or ()))
+        transposed = jax.linear_transpose(
+            lambda pool: _windows(pool, _chunk_starts(spec), chunks.shape[1]), total
+        )
+        return total + transposed(chunks.astype(total.dtype))[0]
+    if spec.scheme == "hashednet":
+        block = min(_BLOCK, spec.padded)
+        firsts = _block_firsts(spec)
+        blocks = jnp.pad(flat, (0, firsts.size * block - flat.size)).reshape(-1, block)
+
+        def add_block(total: jax.Array, xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            index = xs[0] + lax.iota(jnp.uint32, block)
+            value = xs[1].astype(total.dtype)
+            at = total.at[_hashed_slots(spec, index)]
+            return at.add(value, mode="promise_in_bounds"), None
+
+        return lax.scan(add_block, total, (firsts, blocks))[0]
+
+    def add(total: jax.Array, start: Any, values: jax.Array) -> jax.Array:
+        old = lax.dynamic_slice(total, (start,), values.shape)
+        return lax.dynamic_update_slice(total, old + values.astype(total.dtype), (start,))
+
+    before, (q0, q1), after = _split(spec)
+    at = 0
+    for start, length in before:
+        total = add(total, start, flat[at : at + length])
+        at += length
+    if q1 > q0:
+        rows = flat[at : at + (q1 - q0) * spec.m].reshape(-1, spec.m)
+        total, _ = lax.scan(
+            lambda total, xs: (add(total, xs[0], xs[1]), None),
+            total,
+            (_full_starts(spec, q0, q1), rows),
+        )
+        at += rows.size
+    for start, length in after:
+        total = add(total, start, flat[at : at + length])
+        at += length
+    return total
+
+
+def _from_order(flat: jax.Array, spec: Spec) -> jax.Array:
+    """From the layout's order to the leaf, padding dropped."""
+    if spec.tile is None:
+        return flat.reshape(spec.shape)
+    (rows, columns), (bk, bn), (k, n) = spec.grid, spec.tile, spec.matrix
+    tiles = flat.reshape(rows, columns, bk, bn).transpose(0, 2, 1, 3)
+    return tiles.reshape(rows * bk, columns * bn)[:k, :n].reshape(spec.shape)
+
+
+def _to_order(leaf: jax.Array, spec: Spec) -> jax.Array:
+    """From the leaf to the layout's order, zeros in the padding."""
+    if spec.tile is None:
+        return leaf.reshape(-1)
+    (rows, columns), (bk, bn), (k, n) = spec.grid, spec.tile, spec.matrix
+    matrix = jnp.pad(leaf.reshape(k, n), ((0, rows * bk - k), (0, columns * bn - n)))
+    return matrix.reshape(rows, bk, columns, bn).transpose(0, 2, 1, 3).reshape(-1)
+
+
+def _signed(flat: jax.Array, spec: Spec) -> jax.Array:
+    if not spec.sign:
+        return flat
+    index = lax.iota(jnp.uint32, spec.padded) + np.uint32(spec.offset % 2**32)
+    return flat * sign(index, spec.sign_seed).astype(flat.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _apply(pool: jax.Array, specs: tuple[Spec, ...]) -> tuple[jax.Array, ...]:
+    """A psi, leaf by leaf."""
+    doubled = jnp.concatenate([pool, pool]) if specs[0].scheme == "stable" else pool
+    return tuple(
+        _from_order(_signed(_gather(pool, doubled, spec), spec), spec)
+        * jnp.asarray(spec.scale, pool.dtype)
+        for spec in specs
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _transpose(
+    leaves: tuple[jax.Array, ...], specs: tuple[Spec, ...], dtype: np.dtype
+) -> jax.Array:
+    """A^T theta, summed in float32 or wider."""
+    wide = arrays.at_least_f32(dtype)
+    m = specs[0].m
+    length = 2 * m if specs[0].scheme == "stable" else m
+    total = arrays.varying_zeros((length,), wide, *leaves)
+    for leaf, spec in zip(leaves, specs, strict=True):
+        scaled = leaf.astype(wide) * jnp.asarray(spec.scale, wide)
+        total = _scatter(total, _signed(_to_order(scaled, spec), spec), spec)
+    if length > m:
+        total = total[:m] + total[m:]
+    return total.astype(dtype)
+
+
+def _apply_fwd(pool: jax.Array, specs: tuple[Spec, ...]) -> tuple[tuple[jax.Array, ...], Any]:
+    return _apply(pool, specs), jnp.zeros((0,), pool.dtype)
+
+
+def _apply_bwd(specs: tuple[Spec, ...], like: jax.Array, cotangents: Any) -> tuple[jax.Array]:
+    return (_transpose(tuple(cotangents), specs, like.dtype),)
+
+
+def _transpose_fwd(
+    leaves: tuple[jax.Array, ...], specs: tuple[Spec, ...], dtype: np.dtype
+) -> tuple[jax.Array, Any]:
+    return _transpose(leaves, specs, dtype), tuple(jnp.zeros((0,), x.dtype) for x in leaves)
+
+
+def _transpose_bwd(
+    specs: tuple[Spec, ...], dtype: np.dtype, like: Any, cotangent: jax.Array
+) -> tuple[tuple[jax.Array, ...]]:
+    leaves = _apply(cotangent, specs)
+    return (tuple(leaf.astype(x.dtype) for leaf, x in zip(leaves, like, strict=True)),)
+
+
+_apply.defvjp(_apply_fwd, _apply_bwd)
+_transpose.defvjp(_transpose_fwd, _transpose_bwd)
+
+
+def check_pool(pool: ArrayLike, m: int) -> jax.Array:
+    """The pool as a replicated array.
+
+    Raises:
+      ValueError: another shape than ``(m,)``.
+      TypeError: a dtype that is not floating.
+    """
+    pool = jnp.asarray(pool)
+    if pool.shape != (m,):
+        raise ValueError(f"pool has shape {pool.shape}; expected ({m},), as the layout has it")
+    if not jnp.issubdtype(pool.dtype, jnp.floating):
+        raise TypeError(f"pool has dtype {pool.dtype}; expected a floating dtype")
+    return arrays.unsharded(pool)
+
+
+def _check_rest(rest: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """The leaves that pass through, out of a mapping that may hold more."""
+    for kept in layout.kept:
+        if kept.path not in rest:
+            raise ValueError(f"rest lacks {kept.path}, which passes through ({kept.reason})")
+        if jnp.shape(rest[kept.path]) != kept.shape:
+            raise ValueError(
+                f"{kept.path} has shape {jnp.shape(rest[kept.path])}; expected {kept.shape}"
+            )
+    return {kept.path: rest[kept.path] for kept in layout.kept}
+
+
+def init(
+    key: jax.Array, layout: Layout, rest: Any = None, dtype: DTypeLike = jnp.float32
+) -> Shared:
+    """Draw a pool: every leaf starts with its own standard deviation.
+
+    Args:
+      key: typed key.
+      layout: from ``plan``.
+      rest: where the leaves that pass through come from: the whole pytree of parameters, or a
+        mapping by name.
+      dtype: of the pool, floating.
+
+    Returns:
+      ``Shared``: a pool of normals of standard deviation ``layout.pool_std``, and the rest.
+
+    Raises:
+      ValueError: leaves pass through and ``rest`` is absent, lacks one, or has another shape.
+      TypeError: a raw key, or a dtype that is not floating.
+
+    Source: Desai and Shrivastava (2024).
+
+    Example:
+      >>> from jaxgen.share import plan
+      >>> params = {"w": jax.random.normal(jax.random.key(0), (64, 32)), "b": jnp.zeros(32)}
+      >>> shared = init(jax.random.key(1), plan(params, 0.25), params)
+      >>> shared.pool.shape, list(shared.rest)
+      ((512,), ['b'])
+    """
+    keys.check(key)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype is {dtype}; expected a floating dtype")
+    named = {} if rest is None else named_leaves(rest)
+    pool = jax.random.normal(key, (layout.m,), dtype) * jnp.asarray(layout.pool_std, dtype)
+    return Shared(pool, _check_rest(named, layout))
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _expand(pool: jax.Array, specs: tuple[Spec, ...]) -> tuple[jax.Array, ...]:
+    return _apply(pool, specs)
+
+
+def expand(shared: Shared, layout: Layout) -> Any:
+    """The whole pytree of parameters: theta = A psi, and what passes through.
+
+    Its gradient in the pool is the sum over each slot's weights, in a fixed order, in float32 or
+    wider. Differentiable in reverse mode to any order.
+
+    Args:
+      shared: pool and rest.
+      layout: from ``plan``.
+
+    Returns:
+      A pytree as it was planned (nested dicts for a layout read from JSON without ``like``); shared
+      leaves have the pool's dtype.
+
+    Raises:
+      ValueError: the pool is not ``(m,)``, or the rest does not fit.
+      TypeError: the pool's dtype is not floating.
+
+    Source: Desai and Shrivastava (2024); HashedNets and ROAST for their schemes.
+
+    Example:
+      >>> from jaxgen.share import plan
+      >>> params = {"w": jnp.arange(6.0).reshape(2, 3)}
+      >>> layout = plan(params, 1.0)
+      >>> expand(compress(params, layout), layout)["w"].tolist()
+      [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    """
+    pool = check_pool(shared.pool, layout.m)
+    named = dict(_check_rest(shared.rest, layout))
+    leaves = _expand(pool, layout.leaves)
+    named.update({spec.path: x for spec, x in zip(layout.leaves, leaves, strict=True)})
+    if layout.structure is not None:
+        return jax.tree.unflatten(layout.structure, [named[name] for name in layout.order])
+    tree: dict[str, Any] = {}
+    for name in layout.order:
+        *folders, last = name.split("/")
+        functools.reduce(lambda at, folder: at.setdefault(folder, {}), folders, tree)[last] = named[
+            name
+        ]
+    return tree
+
+
+def expand_leaf(pool: ArrayLike, spec: Spec) -> jax.Array:
+    """One leaf alone, as ``expand`` makes it.
+
+    Args:
+      pool: ``(m,)``, floating.
+      spec: from ``leaf``.
+
+    Raises:
+      ValueError: the pool is not ``(m,)``.
+      TypeError: its dtype is not floating.
+    """
+    return _expand(check_pool(pool, spec.m), (spec,))[0]
+
+
+def fold(leaves: list[jax.Array], specs: tuple[Spec, ...], of: Callable[[float], float]) -> Any:
+    """Per slot the sum of ``of(lambda)`` times the entries, signs left out: ``(m,)``."""
+    plain = tuple(dataclasses.replace(s, scale=of(s.scale), sign=False) for s in specs)
+    return _transpose(tuple(leaves), plain, arrays.at_least_f32(leaves[0].dtype))
+
+
+def compress(params: Any, layout: Layout) -> Shared:
+    """The pool that makes the given parameters best, in least squares; exact at m = n.
+
+    psi_j = sum_i lambda_i g_i theta_i / sum_i lambda_i^2 over the weights i of slot j; zero for a
+    slot without weights.
+
+    Args:
+      params: a pytree as it was planned.
+      layout: from ``plan``.
+
+    Returns:
+      ``Shared``, its pool of the shared leaves' common dtype.
+
+    Raises:
+      ValueError: a leaf is missing or has another shape: it is named.
+      TypeError: a shared leaf that is not floating.
+
+    Source: Desai and Shrivastava (2024), whose mapping makes it exact at full budget.
+    """
+    named = named_leaves(params)
+    for spec in layout.leaves:
+        if spec.path not in named:
+            raise ValueError(f"params lack {spec.path}, which the layout shares")
+        entry = named[spec.path]
+        if jnp.shape(entry) != spec.shape:
+            raise ValueError(f"{spec.path} has shape {jnp.shape(entry)}; expected {spec.shape}")
+        if not jnp.issubdtype(jnp.result_type(entry), jnp.floating):
+            raise TypeError(f"{spec.path} has dtype {jnp.result_type(entry)}; expected a floating")
+    leaves = [arrays.unsharded(jnp.asarray(named[spec.path])) for spec in layout.leaves]
+    return Shared(_compress(tuple(leaves), layout.leaves), _check_rest(named, layout))
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _compress(leaves: tuple[jax.Array, ...], specs: tuple[Spec, ...]) -> jax.Array:
+    dtype = jnp.result_type(*leaves)
+    wide = arrays.at_least_f32(dtype)
+    projected = _transpose(leaves, specs, wide)
+    weight = fold([jnp.ones(s.shape, wide) for s in specs], specs, lambda lam: lam * lam)
+    return jnp.where(weight > 0, projected / jnp.where(weight > 0, weight, 1), 0).astype(dtype)
+
+
+def slots(spec: Spec, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Slot and sign of single weights, for lookups that need a few.
+
+    Args:
+      spec: from ``leaf``.
+      index: int32 or uint32, any shape: row-major positions in the leaf, in ``[0, size)``; not
+        checked.
+
+    Returns:
+      The slots (int32) and the signs (int32, +1 or -1), both of ``index``'s shape.
+    """
+    index = index.astype(jnp.uint32)
+    if spec.tile is not None:
+        (_, across), (bk, bn), (_, n) = spec.grid, spec.tile, spec.matrix
+        row, column = index // np.uint32(n), index % np.uint32(n)
+        chunk = row // np.uint32(bk) * np.uint32(across) + column // np.uint32(bn)
+        within = row % np.uint32(bk) * np.uint32(bn) + column % np.uint32(bn)
+        index = chunk * np.uint32(bk * bn) + within
+    else:
+        chunk, within = index, index
+    if spec.scheme == "stable":
+        first, phase = divmod(spec.offset, spec.m)
+        # Below 2^32 as both are below 2^31.
+        at = index + np.uint32(phase)
+        shift = spec.shift(at // np.uint32(spec.m) + np.uint32(first)) * np.uint32(spec.unit)
+        slot = (shift + at % np.uint32(spec.m)) % np.uint32(spec.m)
+    elif spec.scheme == "roast":
+        starts = _chunk_starts(spec).astype(jnp.uint32)
+        slot = starts.at[chunk].get(mode="promise_in_bounds") + within
+    else:
+        slot = _hashed_slots(spec, index + np.uint32(spec.offset % 2**32)).astype(jnp.uint32)
+    if not spec.sign:
+        return slot.astype(jnp.int32), jnp.ones(slot.shape, jnp.int32)
+    signs = sign(index + np.uint32(spec.offset % 2**32), spec.sign_seed)
+    return slot.astype(jnp.int32), signs
