@@ -10,6 +10,7 @@ Parameters are float32; a bfloat16 ``x`` (or ``dtype=jnp.bfloat16``) computes in
 the time embedding in float32. For classifier-free guidance the label ``num_classes`` means none.
 """
 
+from jaxgen.nets.budget import width_for_budget
 from jaxgen.nets.classifier import Classifier
 from jaxgen.nets.embedding import (
     GaussianFourier,
@@ -49,4 +50,5 @@ __all__ = [
     "nearest_up",
     "sinusoidal",
     "space_to_depth",
+    "width_for_budget",
 ]
