@@ -28,7 +28,7 @@ def grasp(
       loss_fn: ``f(params) -> ()``, the loss on some examples; published with logits divided by a
         temperature of 200.
       params: pytree of real parameters.
-      keep: a count (int) or a share in (0, 1] (float) of the selected weights.
+      keep: see ``top_k``.
       select: see ``top_k``.
 
     Returns:

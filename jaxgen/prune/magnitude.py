@@ -14,7 +14,7 @@ def magnitude(params: Any, keep: int | float, *, select: Select | None = None) -
 
     Args:
       params: pytree of parameters.
-      keep: a count (int) or a share in (0, 1] (float) of the selected weights.
+      keep: see ``top_k``.
       select: see ``top_k``.
 
     Returns:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxgen.core.arrays import at_least_f32
 from jaxgen.core.topk import count_kept, top_k_mask
 
 __all__ = ["Selected", "apply_mask", "masked", "select_weights", "split", "top_k"]
@@ -61,6 +62,16 @@ class Selected:
     def largest(self, scores: list[jax.Array], k: Any) -> list[jax.Array]:
         """Where the ``k`` largest scores over all selected leaves stand."""
         return self.parts(top_k_mask(jnp.concatenate([s.reshape(-1) for s in scores]), k))
+
+    def survivors(self, scores: list[jax.Array], kept: list[jax.Array], k: Any) -> list[jax.Array]:
+        """Where the ``k`` largest scores among those kept stand; NaN is the least of them."""
+
+        def rank(score: jax.Array, kept: jax.Array) -> jax.Array:
+            score = score.astype(at_least_f32(score.dtype))
+            score = jnp.where(jnp.isnan(score), jnp.finfo(score.dtype).min, score)
+            return jnp.where(kept, score, -jnp.inf)
+
+        return self.largest([rank(s, m) for s, m in zip(scores, kept, strict=True)], k)
 
     def parts(self, flat: jax.Array) -> list[jax.Array]:
         """An array ``(n,)`` cut into the shapes of the selected leaves."""

@@ -17,7 +17,7 @@ def random(key: jax.Array, params: Any, keep: int | float, *, select: Select | N
     Args:
       key: typed key.
       params: pytree of parameters; only shapes and dtypes matter.
-      keep: a count (int) or a share in (0, 1] (float) of the selected weights.
+      keep: see ``top_k``.
       select: see ``top_k``.
 
     Returns:

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgen.core import keys
+from jaxgen.core import checks, keys
 from jaxgen.core import progress as progress_meter
-from jaxgen.prune.masks import Select, apply_mask, split
+from jaxgen.prune.masks import Select, Selected, apply_mask, split
 
 __all__ = ["rewind"]
 
@@ -24,6 +24,28 @@ def _counts(n: int, k: int, rate: float) -> list[int]:
         n = max(k, n - max(1, round(rate * n)))
         counts.append(n)
     return counts
+
+
+def _check_structure(name: str, tree: Any, params: Any) -> None:
+    found: Any = jax.tree.structure(tree)
+    expected: Any = jax.tree.structure(params)
+    if found != expected:
+        raise ValueError(f"{name} has another structure than params: {found}; expected {expected}")
+
+
+def _checked(
+    r: int, rounds: int, trained: list[jax.Array], kept: list[jax.Array], goal: Selected
+) -> Any:
+    """``goal`` as a pytree: NaN, or an error, where a weight that is kept trained to NaN or inf."""
+    is_bad = [m & ~jnp.isfinite(w) for m, w in zip(kept, trained, strict=True)]
+    bad = jnp.sum(jnp.stack([jnp.sum(b, dtype=jnp.int32) for b in is_bad]))
+    message = "round {r} of {rounds} trained {bad} of the weights left to NaN or infinity"
+    known = checks.concrete(bad)
+    if known is not None and known > 0:
+        raise ValueError(message.format(r=r, rounds=rounds, bad=known))
+    checks.debug_check(bad == 0, message, r=r, rounds=rounds, bad=bad)
+    nan = [jnp.full((), jnp.nan, leaf.dtype) for leaf in goal.leaves]
+    return goal.tree([jnp.where(bad == 0, w, x) for w, x in zip(goal.leaves, nan, strict=True)])
 
 
 def rewind(
@@ -44,7 +66,7 @@ def rewind(
       train_fn: ``f(key, params, mask) -> params`` trained, pruned weights kept at zero (``masked``
         does that); called once a round.
       params: pytree of parameters at the start.
-      keep: a count (int) or a share in (0, 1] (float) of the selected weights.
+      keep: see ``top_k``.
       rate: share of the survivors that a round prunes, in (0, 1).
       rewind_params: parameters to go back to, early in training; ``params`` if ``None``.
       select: see ``top_k``.
@@ -54,7 +76,9 @@ def rewind(
       The mask, and the parameters gone back to, under the mask: train them once more.
 
     Raises:
-      ValueError: ``rate`` outside (0, 1), trees that differ, or as ``top_k``.
+      ValueError: ``rate`` outside (0, 1), trees that differ, a round that trained a weight to NaN
+        or infinity (where values are traced: an error under ``checkify``, and NaN parameters), or
+        as ``top_k``.
       TypeError: a raw key, or as ``top_k``.
     """
     keys.check(key)
@@ -62,10 +86,7 @@ def rewind(
         raise ValueError(f"rate is {rate}; expected a share in (0, 1)")
     selected, k = split(params, keep, select)
     goal = params if rewind_params is None else rewind_params
-    try:
-        jax.tree.map(lambda a, b: None, params, goal)
-    except ValueError as error:
-        raise ValueError(f"rewind_params has another structure than params: {error}") from error
+    _check_structure("rewind_params", goal, params)
     kept = [jnp.ones(leaf.shape, bool) for leaf in selected.leaves]
     mask, start = selected.mask(kept), params
     counts = _counts(selected.n, k, rate)
@@ -74,11 +95,10 @@ def rewind(
     ) as meter:
         for r, count in enumerate(counts):
             trained = train_fn(jax.random.fold_in(key, r), start, mask)
-            after = type(selected)(trained, select)
-            scores = [
-                jnp.where(m, jnp.abs(w), -jnp.inf) for m, w in zip(kept, after.leaves, strict=True)
-            ]
-            kept = selected.largest(scores, count)
+            _check_structure("what train_fn returned", trained, params)
+            after = Selected(trained, select).leaves
+            goal = _checked(r + 1, len(counts), after, kept, Selected(goal, select))
+            kept = selected.survivors([jnp.abs(w) for w in after], kept, count)
             mask = selected.mask(kept)
             start = apply_mask(goal, mask)
             meter.update(1, kept=count)

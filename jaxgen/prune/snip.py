@@ -26,7 +26,7 @@ def snip(
     Args:
       loss_fn: ``f(params) -> ()``, the loss on some examples (about ten of a class).
       params: pytree of parameters.
-      keep: a count (int) or a share in (0, 1] (float) of the selected weights.
+      keep: see ``top_k``.
       select: see ``top_k``.
 
     Returns:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen.core import checks
-from jaxgen.prune.masks import Select, split
+from jaxgen.prune.masks import Select, Selected, split
 
 __all__ = ["synflow"]
 
@@ -33,7 +33,7 @@ def synflow(
       apply: ``f(params) -> outputs`` of the network on an input of ones, with normalisation in
         evaluation mode; any shape.
       params: pytree of real parameters.
-      keep: a count (int) or a share in (0, 1] (float) of the selected weights.
+      keep: see ``top_k``.
       rounds: T.
       select: see ``top_k``.
 
@@ -41,20 +41,20 @@ def synflow(
       A mask, see ``top_k``.
 
     Raises:
-      ValueError, TypeError: as ``top_k``; ``rounds`` below 1; ``R`` is not finite (deep networks
-        overflow float32: use float64, or scale the parameters).
+      ValueError, TypeError: as ``top_k``; ``rounds`` below 1; ``R`` is zero, or not finite
+        (deep networks overflow float32: use float64, or scale the parameters).
     """
     selected, k = split(params, keep, select)
     rounds = checks.positive_int("rounds", rounds)
-    positive = selected.tree([jnp.abs(leaf) for leaf in selected.leaves])
     positive = jax.tree.map(
         lambda leaf: jnp.abs(leaf) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else leaf,
-        positive,
+        params,
     )
-    weights = type(selected)(positive, select)
+    weights = Selected(positive, select)
 
-    def log_flow(leaves: list[jax.Array]) -> jax.Array:
-        return jnp.log(jnp.sum(apply(weights.tree(leaves))))
+    def log_flow(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        flow = jnp.sum(apply(weights.tree(leaves)))
+        return jnp.log(flow), flow
 
     # The shares in float64: at many weights float32 would miss counts.
     shares = (k / selected.n) ** (np.arange(1, rounds + 1) / rounds)
@@ -62,20 +62,21 @@ def synflow(
 
     def one_round(mask: list[jax.Array], count: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         kept = [jnp.where(m, w, 0) for m, w in zip(mask, weights.leaves, strict=True)]
-        value, grads = jax.value_and_grad(log_flow)(kept)
-        scores = [
-            jnp.where(m, jnp.abs(w * g), -jnp.inf)
-            for m, w, g in zip(mask, kept, grads, strict=True)
-        ]
-        return selected.largest(scores, count), value
+        grads, flow = jax.grad(log_flow, has_aux=True)(kept)
+        scores = [jnp.abs(w * g) for w, g in zip(kept, grads, strict=True)]
+        return selected.survivors(scores, mask, count), flow
 
     start = [jnp.ones(leaf.shape, bool) for leaf in weights.leaves]
-    mask, values = jax.lax.scan(one_round, start, jnp.asarray(counts))
-    is_finite = jnp.all(jnp.isfinite(values))
-    known = checks.concrete(is_finite)
-    if known is not None and not known:
-        raise ValueError(
-            "the flow of this network is zero or overflows; use float64, or scale its parameters"
-        )
-    checks.debug_check(is_finite, "the flow of this network is zero or overflows")
+    mask, flows = jax.lax.scan(one_round, start, jnp.asarray(counts))
+    is_sound = jnp.isfinite(flows) & (flows > 0)
+    first = jnp.argmin(is_sound)
+    message = (
+        "the flow through this network is {flow} in round {r} of {rounds}; expected a positive "
+        "number: use float64, or scale the parameters"
+    )
+    known = checks.concrete(first)
+    if known is not None and not is_sound[known]:
+        raise ValueError(message.format(flow=flows[known], r=known + 1, rounds=rounds))
+    flow = flows.at[first].get(mode="promise_in_bounds")
+    checks.debug_check(jnp.all(is_sound), message, flow=flow, r=first + 1, rounds=rounds)
     return selected.mask(mask)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import checkify
 
 from jaxgen import prune
 
@@ -104,10 +105,34 @@ def test_synflow_equals_its_closed_form_and_never_cuts_a_layer_off(params, k):
 
 
 def test_synflow_refuses_a_network_without_flow(params):
-    with pytest.raises(ValueError, match="flow"):
-        prune.synflow(lambda tree: 1e38 * through(tree) * 1e38, params, 5, rounds=2)
+    for scale, flow in ((1e38, "inf"), (0.0, "0.0"), (-1.0, "-")):
+        with pytest.raises(ValueError, match=f"is {flow}.* in round 1 of 2"):
+            prune.synflow(lambda tree, c=scale: c * through(tree) * 10.0, params, 5, rounds=2)
     with pytest.raises(ValueError, match="rounds"):
         prune.synflow(through, params, 5, rounds=0)
+
+
+def test_synflow_names_the_round_in_which_flow_ends(params):
+    def cut(tree):
+        left = sum(jnp.sum(tree[n]["kernel"] > 0) for n in SHAPES)
+        return through(tree) * (left > 50)
+
+    def prune_it(tree):
+        return prune.synflow(cut, tree, 20, rounds=4)
+
+    # The rounds start from 80, 57, 40 and 28 weights.
+    told = "is 0.0 in round 3 of 4"
+    with pytest.raises(ValueError, match=told):
+        prune_it(params)
+    assert told in checkify.checkify(jax.jit(prune_it))(params)[0].get()
+
+
+def test_synflow_revives_no_weight_for_one_of_nan_score():
+    # At a weight of zero the score is 0 times inf.
+    w = np.tile(np.array([[1.0, 0.0, 2.0, 3.0]], np.float32), (20, 1))
+    mask = prune.synflow(lambda tree: jnp.sqrt(tree["w"]), {"w": w}, 66, rounds=2)
+    np.testing.assert_array_equal(mask["w"][:, [0, 2, 3]], True)
+    np.testing.assert_array_equal(mask["w"][:, 1], np.arange(20) < 6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -183,3 +208,27 @@ def test_rewinding_finds_a_sparse_truth():
         prune.rewind(jax.random.key(0), train, start, 3, rate=1.0)
     with pytest.raises(ValueError, match="structure"):
         prune.rewind(jax.random.key(0), train, start, 3, rewind_params={"v": start["w"]})
+    with pytest.raises(ValueError, match="train_fn returned has another structure"):
+        prune.rewind(jax.random.key(0), lambda *_: {}, start, 3, progress=False)
+
+
+def test_rewinding_with_diverged_weights():
+    rank = jnp.arange(20.0, 0.0, -1.0)[:, None]
+    start = {"w": jnp.full((20, 1), 0.1)}
+
+    def train(key, params, mask):
+        # The second round diverges; what was pruned before stays away.
+        whole = mask["w"].all()
+        return {"w": jnp.where(mask["w"], jnp.where(whole, rank, jnp.nan), 0)}
+
+    def find(start):
+        return prune.rewind(jax.random.key(0), train, start, 5, rate=0.5, progress=False)
+
+    told = "round 2 of 2 trained 10 of the weights left to NaN or infinity"
+    with pytest.raises(ValueError, match=told):
+        find(start)
+    error, _ = checkify.checkify(jax.jit(find))(start)
+    assert told in error.get()
+    mask, params = jax.jit(find)(start)
+    assert int(mask["w"].sum()) == 5 and not mask["w"][10:].any()
+    assert np.isnan(params["w"]).all(where=np.asarray(mask["w"]))
