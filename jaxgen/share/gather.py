@@ -11,6 +11,7 @@ Left out: forward-mode derivatives in the pool (reverse mode works to any order)
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -56,7 +57,7 @@ def _split(spec: Spec) -> tuple[list[tuple[int, int]], tuple[int, int], list[tup
     if q1 - q0 <= _UNROLLED:
         cuts = [spec.offset, *range(q0 * m, end, m), end]
         cuts = sorted({c for c in cuts if spec.offset <= c <= end})
-        return [window(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)], (0, 0), []
+        return [window(a, b) for a, b in itertools.pairwise(cuts)], (0, 0), []
     before = [window(spec.offset, q0 * m)] if spec.offset < q0 * m else []
     after = [window(q1 * m, end)] if q1 * m < end else []
     return before, (q0, q1), after
@@ -181,7 +182,7 @@ def _signed(flat: jax.Array, spec: Spec) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _apply(pool: jax.Array, specs: tuple[Spec, ...]) -> tuple[jax.Array, ...]:
+def apply_map(pool: jax.Array, specs: tuple[Spec, ...]) -> tuple[jax.Array, ...]:
     """A psi, leaf by leaf."""
     doubled = jnp.concatenate([pool, pool]) if specs[0].scheme == "stable" else pool
     return tuple(
@@ -192,7 +193,7 @@ def _apply(pool: jax.Array, specs: tuple[Spec, ...]) -> tuple[jax.Array, ...]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _transpose(
+def apply_transpose(
     leaves: tuple[jax.Array, ...], specs: tuple[Spec, ...], dtype: np.dtype
 ) -> jax.Array:
     """A^T theta, summed in float32 or wider."""
@@ -208,29 +209,29 @@ def _transpose(
     return total.astype(dtype)
 
 
-def _apply_fwd(pool: jax.Array, specs: tuple[Spec, ...]) -> tuple[tuple[jax.Array, ...], Any]:
-    return _apply(pool, specs), jnp.zeros((0,), pool.dtype)
+def _map_fwd(pool: jax.Array, specs: tuple[Spec, ...]) -> tuple[tuple[jax.Array, ...], Any]:
+    return apply_map(pool, specs), jnp.zeros((0,), pool.dtype)
 
 
-def _apply_bwd(specs: tuple[Spec, ...], like: jax.Array, cotangents: Any) -> tuple[jax.Array]:
-    return (_transpose(tuple(cotangents), specs, like.dtype),)
+def _map_bwd(specs: tuple[Spec, ...], like: jax.Array, cotangents: Any) -> tuple[jax.Array]:
+    return (apply_transpose(tuple(cotangents), specs, like.dtype),)
 
 
 def _transpose_fwd(
     leaves: tuple[jax.Array, ...], specs: tuple[Spec, ...], dtype: np.dtype
 ) -> tuple[jax.Array, Any]:
-    return _transpose(leaves, specs, dtype), tuple(jnp.zeros((0,), x.dtype) for x in leaves)
+    return apply_transpose(leaves, specs, dtype), tuple(jnp.zeros((0,), x.dtype) for x in leaves)
 
 
 def _transpose_bwd(
     specs: tuple[Spec, ...], dtype: np.dtype, like: Any, cotangent: jax.Array
 ) -> tuple[tuple[jax.Array, ...]]:
-    leaves = _apply(cotangent, specs)
+    leaves = apply_map(cotangent, specs)
     return (tuple(leaf.astype(x.dtype) for leaf, x in zip(leaves, like, strict=True)),)
 
 
-_apply.defvjp(_apply_fwd, _apply_bwd)
-_transpose.defvjp(_transpose_fwd, _transpose_bwd)
+apply_map.defvjp(_map_fwd, _map_bwd)
+apply_transpose.defvjp(_transpose_fwd, _transpose_bwd)
 
 
 def check_pool(pool: ArrayLike, m: int) -> jax.Array:
@@ -298,7 +299,7 @@ def init(
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
 def _expand(pool: jax.Array, specs: tuple[Spec, ...]) -> tuple[jax.Array, ...]:
-    return _apply(pool, specs)
+    return apply_map(pool, specs)
 
 
 def expand(shared: Shared, layout: Layout) -> Any:
@@ -360,7 +361,7 @@ def expand_leaf(pool: ArrayLike, spec: Spec) -> jax.Array:
 def fold(leaves: list[jax.Array], specs: tuple[Spec, ...], of: Callable[[float], float]) -> Any:
     """Per slot the sum of ``of(lambda)`` times the entries, signs left out: ``(m,)``."""
     plain = tuple(dataclasses.replace(s, scale=of(s.scale), sign=False) for s in specs)
-    return _transpose(tuple(leaves), plain, arrays.at_least_f32(leaves[0].dtype))
+    return apply_transpose(tuple(leaves), plain, arrays.at_least_f32(leaves[0].dtype))
 
 
 def compress(params: Any, layout: Layout) -> Shared:
@@ -399,7 +400,7 @@ def compress(params: Any, layout: Layout) -> Shared:
 def _compress(leaves: tuple[jax.Array, ...], specs: tuple[Spec, ...]) -> jax.Array:
     dtype = jnp.result_type(*leaves)
     wide = arrays.at_least_f32(dtype)
-    projected = _transpose(leaves, specs, wide)
+    projected = apply_transpose(leaves, specs, wide)
     weight = fold([jnp.ones(s.shape, wide) for s in specs], specs, lambda lam: lam * lam)
     return jnp.where(weight > 0, projected / jnp.where(weight > 0, weight, 1), 0).astype(dtype)
 

@@ -1,0 +1,181 @@
+"""The product of activations with one shared leaf, without ever holding the weight.
+
+``hashed_matmul`` chooses among implementations of the same three products: the output, the
+gradient in x and the gradient in the pool. Each can be asked for by name:
+
+- ``"xla"``: ``"xla_loop"`` or ``"xla_expand"``, by a measured rule;
+- ``"mosaic_tpu"``, ``"mosaic_gpu"``: Pallas kernels, for tiled layouts;
+- ``"interpret"``: the TPU kernel, interpreted on any machine, for tests.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from jaxgen.core import arrays
+from jaxgen.core.checks import floating, one_of
+from jaxgen.share.gather import check_pool
+from jaxgen.share.kernels import xla
+from jaxgen.share.layout import Spec
+
+__all__ = ["hashed_matmul"]
+
+_NAMES = ("xla", "xla_loop", "xla_expand", "mosaic_tpu", "mosaic_gpu", "interpret")
+
+
+def hashed_matmul(
+    x: ArrayLike,
+    pool: ArrayLike,
+    spec: Spec,
+    *,
+    implementation: str | Sequence[str] | None = None,
+) -> jax.Array:
+    """``x @ weight`` for a weight that lives in a pool.
+
+    Sums run in float32 or wider; the pool's gradient is summed in a fixed order. Differentiable in
+    reverse mode, once, in ``x`` and ``pool``; for forward mode in ``x`` ask for ``"xla_expand"``.
+
+    Args:
+      x: ``(*batch, K)``, floating.
+      pool: ``(m,)``, floating.
+      spec: a leaf of shape ``(K, N)``, from ``leaf``.
+      implementation: a name of the module, or several, tried in order; ``None`` takes the kernel of
+        the platform where it serves, else ``"xla"``.
+
+    Returns:
+      ``(*batch, N)`` in ``x``'s dtype.
+
+    Raises:
+      ValueError: shapes that do not fit, or an unknown implementation.
+      TypeError: a dtype that is not floating.
+      NotImplementedError: no named implementation serves this leaf or dtype; the reasons.
+
+    Source: Desai et al., ROAST (2023) and STABLE-RPS (2024), whose kernels build tiles on chip.
+
+    Example:
+      >>> from jaxgen.share import init, leaf, plan
+      >>> layout = plan({"w": jax.ShapeDtypeStruct((64, 32), jnp.float32)}, 0.25)
+      >>> pool = init(jax.random.key(0), layout).pool
+      >>> hashed_matmul(jnp.ones((3, 64)), pool, leaf(layout, "w")).shape
+      (3, 32)
+    """
+    x = floating("x", x)
+    pool = check_pool(pool, spec.m)
+    if len(spec.shape) != 2:
+        raise ValueError(f"{spec.path} has shape {spec.shape}; expected (K, N)")
+    if x.ndim < 1 or x.shape[-1] != spec.shape[0]:
+        raise ValueError(f"x has shape {x.shape}; expected (..., {spec.shape[0]}) for {spec.path}")
+    x = arrays.unsharded(x)
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    chosen = _choose(flat, spec, implementation)
+    return _matmul(flat, pool, spec, chosen).reshape(*x.shape[:-1], spec.shape[1])
+
+
+def _reason(name: str, x: jax.Array, spec: Spec) -> str | None:
+    """Why an implementation cannot serve, or ``None``."""
+    if name == "xla_loop":
+        return xla.supports_loop(spec)
+    if name in ("mosaic_tpu", "interpret"):
+        from jaxgen.share.kernels import mosaic_tpu
+
+        return mosaic_tpu.supports(x.shape, x.dtype, spec)
+    if name == "mosaic_gpu":
+        from jaxgen.share.kernels import mosaic_gpu
+
+        return mosaic_gpu.supports(x.shape, x.dtype, spec)
+    return None
+
+
+def _choose(
+    x: jax.Array, spec: Spec, implementation: str | Sequence[str] | None
+) -> tuple[str, ...]:
+    """The implementation: one, or per platform where it is left open: (tpu, gpu, others)."""
+    if implementation is None:
+        plain = _xla_rule(x, spec)
+        return tuple(
+            name if spec.tile is not None and _reason(name, x, spec) is None else plain
+            for name in ("mosaic_tpu", "mosaic_gpu")
+        ) + (plain,)
+    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
+    if not names:
+        raise ValueError("implementation names none; expected one of " + ", ".join(_NAMES))
+    reasons = []
+    for name in names:
+        one_of("implementation", name, _NAMES)
+        name = _xla_rule(x, spec) if name == "xla" else name
+        reason = _reason(name, x, spec)
+        if reason is None:
+            return (name,)
+        reasons.append(f"{name}: {reason}")
+    raise NotImplementedError(f"{spec.path} of shape {spec.shape}: " + "; ".join(reasons))
+
+
+def _xla_rule(x: jax.Array, spec: Spec) -> str:
+    """The faster of the two forms."""
+    return "xla_expand" if xla.supports_loop(spec) else "xla_loop"
+
+
+def _forward_by(name: str, x: jax.Array, pool: jax.Array, spec: Spec) -> jax.Array:
+    if name == "xla_loop":
+        return xla.forward_loop(x, pool, spec)
+    if name == "xla_expand":
+        return xla.forward_expand(x, pool, spec)
+    if name == "mosaic_gpu":
+        from jaxgen.share.kernels import mosaic_gpu
+
+        return mosaic_gpu.forward(x, pool, spec)
+    from jaxgen.share.kernels import mosaic_tpu
+
+    return mosaic_tpu.forward(x, pool, spec, interpret=name == "interpret")
+
+
+def _backward_by(
+    name: str, x: jax.Array, pool: jax.Array, dy: jax.Array, spec: Spec
+) -> tuple[jax.Array, jax.Array]:
+    if name == "xla_loop":
+        return xla.backward_loop(x, pool, dy, spec)
+    if name == "xla_expand":
+        return xla.backward_expand(x, pool, dy, spec)
+    if name == "mosaic_gpu":
+        from jaxgen.share.kernels import mosaic_gpu
+
+        dx = mosaic_gpu.grad_x(dy, pool, spec)
+        return dx, mosaic_gpu.grad_pool(x, dy, spec).astype(pool.dtype)
+    from jaxgen.share.kernels import mosaic_tpu
+
+    interpret = name == "interpret"
+    dx = mosaic_tpu.grad_x(dy, pool, spec, interpret=interpret)
+    return dx, mosaic_tpu.grad_pool(x, dy, spec, interpret=interpret).astype(pool.dtype)
+
+
+def _by_platform(function: Any, names: tuple[str, ...], *operands: Any) -> Any:
+    if len(set(names)) == 1:
+        return function(names[0], *operands)
+    tpu, gpu, plain = (functools.partial(function, name) for name in names)
+    return lax.platform_dependent(*operands, tpu=tpu, cuda=gpu, default=plain)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmul(x: jax.Array, pool: jax.Array, spec: Spec, names: tuple[str, ...]) -> jax.Array:
+    return _by_platform(lambda name, x, pool: _forward_by(name, x, pool, spec), names, x, pool)
+
+
+def _matmul_fwd(x: jax.Array, pool: jax.Array, spec: Spec, names: tuple[str, ...]) -> Any:
+    return _matmul(x, pool, spec, names), (x, pool)
+
+
+def _matmul_bwd(
+    spec: Spec, names: tuple[str, ...], saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _by_platform(
+        lambda name, x, pool, dy: _backward_by(name, x, pool, dy, spec), names, *saved, dy
+    )
+
+
+_matmul.defvjp(_matmul_fwd, _matmul_bwd)
