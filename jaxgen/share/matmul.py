@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
@@ -59,6 +58,7 @@ def hashed_matmul(
     Source: Desai et al., ROAST (2023) and STABLE-RPS (2024), whose kernels build tiles on chip.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from jaxgen.share import init, leaf, plan
       >>> layout = plan({"w": jax.ShapeDtypeStruct((64, 32), jnp.float32)}, 0.25)
       >>> pool = init(jax.random.key(0), layout).pool
@@ -98,10 +98,11 @@ def _choose(
     """The implementation: one, or per platform where it is left open: (tpu, gpu, others)."""
     if implementation is None:
         plain = _xla_rule(x, spec)
-        return tuple(
+        kernels = (
             name if spec.tile is not None and _reason(name, x, spec) is None else plain
             for name in ("mosaic_tpu", "mosaic_gpu")
-        ) + (plain,)
+        )
+        return (*kernels, plain)
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     if not names:
         raise ValueError("implementation names none; expected one of " + ", ".join(_NAMES))

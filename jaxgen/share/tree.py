@@ -111,10 +111,11 @@ def scale_by_pool(
       power: of the divisor.
 
     Returns:
-      A transform of ``Shared``; what passes through is left as it is.
+      A transform of ``Shared``, or of any tree with one leaf named ``pool`` of the layout's length;
+      all else is left as it is.
 
     Raises:
-      ValueError: an unknown mode; at its use, updates that are no ``Shared`` or of another layout.
+      ValueError: an unknown mode; at its use, a tree with no such pool or with several.
 
     Source: Desai and Shrivastava (2024), the gradient scaler.
 
@@ -126,20 +127,26 @@ def scale_by_pool(
     one_of("mode", mode, _MODES)
 
     def init(params: Any) -> ScaleByPoolState:
-        _check(params, layout)
+        _map_pool(lambda pool: pool, params, layout)
         return ScaleByPoolState(jax.jit(lambda: pool_scale(layout, mode) ** power)())
 
     def update(updates: Any, state: ScaleByPoolState, params: Any = None) -> tuple[Any, Any]:
         del params
-        _check(updates, layout)
-        pool = updates.pool / state.divisor.astype(updates.pool.dtype)
-        return updates._replace(pool=pool), state
+        divisor = state.divisor
+        return _map_pool(lambda pool: pool / divisor.astype(pool.dtype), updates, layout), state
 
     return optax.GradientTransformation(init, update)
 
 
-def _check(tree: Any, layout: Layout) -> None:
-    if not isinstance(tree, Shared):
-        raise ValueError(f"scale_by_pool met {type(tree).__name__}; expected Shared(pool, rest)")
-    if jnp.shape(tree.pool) != (layout.m,):
-        raise ValueError(f"the pool has shape {jnp.shape(tree.pool)}; expected ({layout.m},)")
+def _map_pool(f: Callable[[jax.Array], jax.Array], tree: Any, layout: Layout) -> Any:
+    """Map the pool of a tree: the one leaf under the name ``pool`` that has the layout's length."""
+    pairs, structure = jax.tree_util.tree_flatten_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
+    leaves = [leaf for _, leaf in pairs]
+    pools = [i for i, name in enumerate(names) if "pool" in name.split("/")]
+    found = [i for i in pools if jnp.shape(leaves[i]) == (layout.m,)]
+    if len(found) != 1:
+        seen = ", ".join(f"{names[i]} of shape {jnp.shape(leaves[i])}" for i in pools) or "none"
+        raise ValueError(f"expected one pool of shape ({layout.m},) in the tree; found {seen}")
+    leaves[found[0]] = f(leaves[found[0]])
+    return jax.tree.unflatten(structure, leaves)
