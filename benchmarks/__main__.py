@@ -4,11 +4,15 @@ import argparse
 import importlib
 import sys
 
+from benchmarks.measure import Result
+
 NAMES = {
     "importing": "seconds of `import jaxgen` over its dependencies, in fresh processes",
     "train_step": "our training step against the bare Flax and optax loop, same network",
     "sampling": "each fixed-grid solver against the lax.scan a user would write",
     "likelihood": "64 exact likelihoods against scipy.integrate.solve_ivp on the host",
+    "hash_matmul": "a layer whose weight lives in a pool against the dense layer",
+    "sharing": "expand against a stored index; a small network's step in a pool",
 }
 
 
@@ -26,7 +30,8 @@ def main() -> int:
     for name in NAMES if args.name == "all" else [args.name]:
         for result in importlib.import_module(f"benchmarks.{name}").run(quick=args.quick):
             print(result.to_line(), flush=True)
-            lines.append(result.to_json())
+            if isinstance(result, Result):
+                lines.append(result.to_json())
     if args.json:
         with open(args.json, "w") as file:
             file.write("".join(line + "\n" for line in lines))

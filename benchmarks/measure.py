@@ -62,6 +62,19 @@ class Result:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """A case whose peer is not installed: reported, never guessed."""
+
+    bench: str
+    case: str
+    peer_name: str
+
+    def to_line(self) -> str:
+        """One line for a person."""
+        return f"{self.bench}/{self.case}: missing, {self.peer_name} is not installed"
+
+
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     names = ("jaxgen", "jax", "jaxlib", "flax", "optax", "diffrax", "scipy", "numpy")

@@ -326,8 +326,8 @@ def expand(shared: Shared, layout: Layout) -> Any:
       >>> from jaxgen.share import plan
       >>> params = {"w": jnp.arange(6.0).reshape(2, 3)}
       >>> layout = plan(params, 1.0)
-      >>> expand(compress(params, layout), layout)["w"].round(3).tolist()[1]
-      [3.0, 4.0, 5.0]
+      >>> bool(jnp.allclose(expand(compress(params, layout), layout)["w"], params["w"]))
+      True
     """
     pool = check_pool(shared.pool, layout.m)
     named = dict(_check_rest(shared.rest, layout))
