@@ -1,9 +1,10 @@
-"""The product of activations with one shared leaf, without ever holding the weight.
+"""The product of activations with one shared leaf, whose weight is never kept.
 
 ``hashed_matmul`` chooses among implementations of the same three products: the output, the
 gradient in x and the gradient in the pool. Each can be asked for by name:
 
-- ``"xla"``: ``"xla_loop"`` or ``"xla_expand"``, by a measured rule;
+- ``"xla"``: ``"xla_loop"``, blocks of the weight one after the other, or ``"xla_expand"``, the
+  whole weight for the moment of the product, by a measured rule;
 - ``"mosaic_tpu"``, ``"mosaic_gpu"``: Pallas kernels, for tiled layouts;
 - ``"interpret"``: the TPU kernel, interpreted on any machine, for tests.
 """
@@ -37,8 +38,10 @@ def hashed_matmul(
 ) -> jax.Array:
     """``x @ weight`` for a weight that lives in a pool.
 
-    Sums run in float32 or wider; the pool's gradient is summed in a fixed order. Differentiable in
-    reverse mode, once, in ``x`` and ``pool``; for forward mode in ``x`` ask for ``"xla_expand"``.
+    Sums run in float32 or wider; the pool's gradient is summed in a fixed order. Differentiable
+    once in reverse mode. Forward mode in ``x``, as exact likelihoods take, and higher orders need
+    ``"xla_expand"``, which is also what ``None`` takes for leaves of up to a million weights
+    without tiles.
 
     Args:
       x: ``(*batch, K)``, floating.
@@ -74,7 +77,12 @@ def hashed_matmul(
     x = arrays.unsharded(x)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     chosen = _choose(flat, spec, implementation)
-    return _matmul(flat, pool, spec, chosen).reshape(*x.shape[:-1], spec.shape[1])
+    if set(chosen) == {"xla_expand"}:
+        # Plain operations, which forward mode takes too; the weight is not kept for the gradient.
+        y = jax.checkpoint(functools.partial(xla.forward_expand, spec=spec))(flat, pool)
+    else:
+        y = _matmul(flat, pool, spec, chosen)
+    return y.reshape(*x.shape[:-1], spec.shape[1])
 
 
 def _reason(name: str, x: jax.Array, spec: Spec) -> str | None:
@@ -118,8 +126,9 @@ def _choose(
 
 
 def _xla_rule(x: jax.Array, spec: Spec) -> str:
-    """The faster of the two forms."""
-    return "xla_expand" if xla.supports_loop(spec) else "xla_loop"
+    """The loop wherever it has more than one block to run over: see ``benchmarks``."""
+    is_one_block = xla.blocks(spec) == 1
+    return "xla_expand" if xla.supports_loop(spec) or is_one_block else "xla_loop"
 
 
 def _forward_by(name: str, x: jax.Array, pool: jax.Array, spec: Spec) -> jax.Array:

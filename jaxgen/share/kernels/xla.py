@@ -21,7 +21,14 @@ from jaxgen.share.gather import apply_map, apply_transpose
 from jaxgen.share.hashing import sign
 from jaxgen.share.layout import Spec
 
-__all__ = ["backward_expand", "backward_loop", "forward_expand", "forward_loop", "supports_loop"]
+__all__ = [
+    "backward_expand",
+    "backward_loop",
+    "blocks",
+    "forward_expand",
+    "forward_loop",
+    "supports_loop",
+]
 
 # Weights of one block: large enough for a full-speed product, small enough for a cache.
 _BLOCK = 1 << 20
@@ -189,6 +196,12 @@ def supports_loop(spec: Spec) -> str | None:
     return None
 
 
+def blocks(spec: Spec) -> int:
+    """How many blocks of rows the loop runs over."""
+    cut = _Blocks(spec)
+    return cut.full + (cut.left > 0)
+
+
 def _each_block(
     spec: Spec, carry: Any, body: Callable[..., tuple[Any, Any]]
 ) -> tuple[Any, Any, Any]:
@@ -197,36 +210,36 @@ def _each_block(
     Returns:
       The carry, the stacked outputs of the full blocks (or ``None``) and that of the last one.
     """
-    blocks = _Blocks(spec)
-    starts = blocks.starts()
+    cut = _Blocks(spec)
+    starts = cut.starts()
     stacked = last = None
-    if blocks.full:
-        windows, _ = _windows(spec, starts[: blocks.full], blocks.entries(blocks.rows))
-        xs = jnp.asarray(starts[: blocks.full], jnp.int32)
-        firsts = jnp.arange(blocks.full, dtype=jnp.int32) * blocks.rows
+    if cut.full:
+        windows, _ = _windows(spec, starts[: cut.full], cut.entries(cut.rows))
+        xs = jnp.asarray(starts[: cut.full], jnp.int32)
+        firsts = jnp.arange(cut.full, dtype=jnp.int32) * cut.rows
 
         def step(carry: Any, x: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
-            return body(carry, x[0], x[1][0], x[1][1], blocks.rows, windows)
+            return body(carry, x[0], x[1][0], x[1][1], cut.rows, windows)
 
         carry, stacked = lax.scan(step, carry, (firsts, xs))
-    if blocks.left:
-        windows, _ = _windows(spec, starts[blocks.full :], blocks.entries(blocks.left))
-        q, t = (jnp.int32(v) for v in starts[blocks.full])
-        first = jnp.int32(blocks.full * blocks.rows)
-        carry, last = body(carry, first, q, t, blocks.left, windows)
+    if cut.left:
+        windows, _ = _windows(spec, starts[cut.full :], cut.entries(cut.left))
+        q, t = (jnp.int32(v) for v in starts[cut.full])
+        first = jnp.int32(cut.full * cut.rows)
+        carry, last = body(carry, first, q, t, cut.left, windows)
     return carry, stacked, last
 
 
 def forward_loop(x: jax.Array, pool: jax.Array, spec: Spec) -> jax.Array:
     """``(M, K), (m,) -> (M, N)``; the weight is never built."""
-    blocks = _Blocks(spec)
+    cut = _Blocks(spec)
     wide = arrays.at_least_f32(x.dtype)
     doubled = jnp.concatenate([pool, pool])
 
     def body(
         total: jax.Array, first: jax.Array, q: jax.Array, t: jax.Array, rows: int, windows: int
     ) -> tuple[jax.Array, None]:
-        flat = _read(doubled, spec, q, t, blocks.entries(rows), windows)
+        flat = _read(doubled, spec, q, t, cut.entries(rows), windows)
         weight = _shape_block(flat, spec, rows).astype(x.dtype)
         part = lax.dynamic_slice(x, (0, first), (x.shape[0], rows))
         return total + _dot(part, weight, (1, 0)), None
@@ -240,7 +253,7 @@ def backward_loop(
     x: jax.Array, pool: jax.Array, dy: jax.Array, spec: Spec
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients ``(M, K)`` in x and ``(m,)`` in the pool, of their dtypes."""
-    blocks = _Blocks(spec)
+    cut = _Blocks(spec)
     wide = arrays.at_least_f32(pool.dtype)
     doubled = jnp.concatenate([pool, pool])
     scaled = dy * jnp.asarray(spec.scale, dy.dtype)
@@ -248,7 +261,7 @@ def backward_loop(
     def body(
         total: jax.Array, first: jax.Array, q: jax.Array, t: jax.Array, rows: int, windows: int
     ) -> tuple[jax.Array, jax.Array]:
-        flat = _read(doubled, spec, q, t, blocks.entries(rows), windows)
+        flat = _read(doubled, spec, q, t, cut.entries(rows), windows)
         weight = _shape_block(flat, spec, rows).astype(dy.dtype)
         part = lax.dynamic_slice(x, (0, first), (x.shape[0], rows))
         dx = _dot(scaled, weight, (1, 1)).astype(x.dtype)
