@@ -1,5 +1,6 @@
 """Networks with fewer parameters than weights: pytrees of weights that live in a pool."""
 
+from jaxgen.share.describe import describe
 from jaxgen.share.gather import Shared, compress, expand, expand_leaf, init, slots
 from jaxgen.share.hashing import fmix32, mersenne31, quadratic31, sign
 from jaxgen.share.layers import HashedConv, HashedDense, HashedEmbed
@@ -20,6 +21,7 @@ __all__ = [
     "SharedNNX",
     "Spec",
     "compress",
+    "describe",
     "expand",
     "expand_leaf",
     "fmix32",
