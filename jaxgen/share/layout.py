@@ -172,11 +172,12 @@ class Layout:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Layout)
-            and self.fingerprint == other.fingerprint
-            and self.structure == other.structure
-        )
+        if not isinstance(other, Layout) or self.fingerprint != other.fingerprint:
+            return False
+        # A structure compares with no None.
+        if self.structure is None or other.structure is None:
+            return self.structure is other.structure
+        return bool(self.structure == other.structure)
 
     def __hash__(self) -> int:
         return hash((self.fingerprint, self.structure))
@@ -216,6 +217,7 @@ class Layout:
             if data["format"] != _FORMAT:
                 raise ValueError(f"format {data['format']}; expected {_FORMAT}")
             tile = None if data["tile"] is None else (int(data["tile"][0]), int(data["tile"][1]))
+            one_of("scheme", data["scheme"], _SCHEMES)
             common = {
                 "m": int(data["m"]),
                 "scheme": data["scheme"],
@@ -227,7 +229,7 @@ class Layout:
             kept = tuple(Kept(p, tuple(s), d, r) for p, s, d, r in data["kept"])
             order = tuple(data["order"])
             pool_std = float(data["pool_std"])
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"this is no layout: {error!r}") from error
         structure = None
         if like is not None:
@@ -239,9 +241,18 @@ class Layout:
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by name, such as ``"dense/kernel"``."""
-    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in pairs}
+    """The leaves of a pytree by name, such as ``"dense/kernel"``.
+
+    Raises:
+      ValueError: two leaves come to the same name.
+    """
+    named = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in named:
+            raise ValueError(f"two leaves are named {name}; expected names that differ")
+        named[name] = leaf
+    return named
 
 
 def _specs(leaves: list[tuple[str, tuple[int, ...], float]], common: dict) -> tuple[Spec, ...]:
@@ -311,8 +322,9 @@ def plan(
       A static, hashable layout.
 
     Raises:
-      ValueError: a budget out of range (below one, above the weights, less than a tile or chunk),
-        nothing selected, an unknown option, a scale that is not positive.
+      ValueError: a budget out of range (below one, above the weights, less than a tile or chunk,
+        2^31 slots or more), nothing selected, two leaves of one name, an unknown option, a scale
+        that is not positive.
       TypeError: a leaf that is no array, or of another dtype under ``other="error"``.
 
     Source: Desai and Shrivastava (2024), with the references of the module.
@@ -376,11 +388,11 @@ def _order(scheme: str, tile: Any, chunk: Any) -> tuple[int, int] | None:
     if scheme == "hashednet":
         return None
     if scheme == "roast":
-        tile = (1, chunk) if isinstance(chunk, int) else chunk
+        tile = chunk if isinstance(chunk, tuple | list) else (1, chunk)
     if tile is None:
         return None
     name = "chunk" if scheme == "roast" else "tile"
-    if len(tile) != 2:
+    if not isinstance(tile, tuple | list) or len(tile) != 2:
         raise ValueError(f"{name} is {tile}; expected (rows, columns)")
     return positive_int(f"{name}[0]", tile[0]), positive_int(f"{name}[1]", tile[1])
 
@@ -398,8 +410,7 @@ def _slots(budget: int | float, specs: tuple[Spec, ...], rest: int, scheme: str)
                 f"budget comes to a pool of {m} slots, less than one chunk of {unit}; raise the "
                 "budget or lower chunk"
             )
-        return m
-    if isinstance(budget, float):
+    elif isinstance(budget, float):
         m = count_kept("budget", budget, padded + rest) - rest
         m = min(-(-m // unit) * unit, padded) if m > 0 else m
     else:
