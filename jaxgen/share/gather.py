@@ -23,7 +23,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxgen.core import arrays, keys
-from jaxgen.share.hashing import mersenne31, quadratic31, sign
+from jaxgen.share.hashing import quadratic31, sign
 from jaxgen.share.layout import Layout, Spec, named_leaves
 
 __all__ = ["Shared", "compress", "expand", "expand_leaf", "init", "slots"]
@@ -68,14 +68,20 @@ def _full_starts(spec: Spec, q0: int, q1: int) -> jax.Array:
     return (shifts * np.uint32(spec.unit)).astype(jnp.int32)
 
 
-def _chunk_starts(spec: Spec) -> jax.Array:
-    """Where the window of each chunk of a ``"roast"`` leaf starts."""
-    (rows, columns), chunk = spec.grid, math.prod(spec.tile or ())
-    o = np.uint32(spec.offset % 2**32)
-    r = lax.broadcasted_iota(jnp.uint32, (rows, columns), 0).reshape(-1) + o
-    c = lax.broadcasted_iota(jnp.uint32, (rows, columns), 1).reshape(-1) + o + np.uint32(rows)
-    h = mersenne31(c, spec.key(5, 1), mersenne31(r, spec.key(4, 1), spec.key(6)))
-    return (h % np.uint32(spec.m - chunk + 1)).astype(jnp.int32)
+def _chunk_starts(spec: Spec, chunk: jax.Array) -> jax.Array:
+    """Where the windows of some chunks of a ``"roast"`` leaf start, by their numbers in it.
+
+    The released code hashes row and column by a linear function, whose loads vary widely from seed
+    to seed: at m = n between a fifth and a half of the pool is left unused.
+    """
+    size = math.prod(spec.tile or ())
+    number = chunk + np.uint32(spec.offset // size % 2**32)
+    h = quadratic31(number, spec.key(4), spec.key(5, 1), spec.key(6))
+    return (h % np.uint32(spec.m - size + 1)).astype(jnp.int32)
+
+
+def _all_chunk_starts(spec: Spec) -> jax.Array:
+    return _chunk_starts(spec, lax.iota(jnp.uint32, math.prod(spec.grid)))
 
 
 def _hashed_slots(spec: Spec, index: jax.Array) -> jax.Array:
@@ -97,7 +103,7 @@ def _gather(pool: jax.Array, doubled: jax.Array, spec: Spec) -> jax.Array:
         parts += [lax.slice(doubled, (s,), (s + k,)) for s, k in after]
         return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
     if spec.scheme == "roast":
-        return _windows(pool, _chunk_starts(spec), math.prod(spec.tile or ())).reshape(-1)
+        return _windows(pool, _all_chunk_starts(spec), math.prod(spec.tile or ())).reshape(-1)
 
     def block(first: jax.Array) -> jax.Array:
         index = first + lax.iota(jnp.uint32, min(_BLOCK, spec.padded))
@@ -117,7 +123,7 @@ def _scatter(total: jax.Array, flat: jax.Array, spec: Spec) -> jax.Array:
     if spec.scheme == "roast":
         chunks = flat.reshape(-1, math.prod(spec.tile or ()))
         transposed = jax.linear_transpose(
-            lambda pool: _windows(pool, _chunk_starts(spec), chunks.shape[1]), total
+            lambda pool: _windows(pool, _all_chunk_starts(spec), chunks.shape[1]), total
         )
         return total + transposed(chunks.astype(total.dtype))[0]
     if spec.scheme == "hashednet":
@@ -185,9 +191,14 @@ def _signed(flat: jax.Array, spec: Spec) -> jax.Array:
 def apply_map(pool: jax.Array, specs: tuple[Spec, ...]) -> tuple[jax.Array, ...]:
     """A psi, leaf by leaf."""
     doubled = jnp.concatenate([pool, pool]) if specs[0].scheme == "stable" else pool
+    wide = arrays.at_least_f32(pool.dtype)
+
+    def scaled(flat: jax.Array, spec: Spec) -> jax.Array:
+        # In reduced precision lambda itself would be rounded, for a whole leaf the same way.
+        return (flat.astype(wide) * jnp.asarray(spec.scale, wide)).astype(pool.dtype)
+
     return tuple(
-        _from_order(_signed(_gather(pool, doubled, spec), spec), spec)
-        * jnp.asarray(spec.scale, pool.dtype)
+        scaled(_from_order(_signed(_gather(pool, doubled, spec), spec), spec), spec)
         for spec in specs
     )
 
@@ -427,13 +438,13 @@ def slots(spec: Spec, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         chunk, within = index, index
     if spec.scheme == "stable":
         first, phase = divmod(spec.offset, spec.m)
-        # Below 2^32 as both are below 2^31.
-        at = index + np.uint32(phase)
-        shift = spec.shift(at // np.uint32(spec.m) + np.uint32(first)) * np.uint32(spec.unit)
-        slot = (shift + at % np.uint32(spec.m)) % np.uint32(spec.m)
+        m = np.uint32(spec.m)
+        # Sums of two numbers below m stay below 2^32, which index + phase may pass.
+        place = index % m + np.uint32(phase)
+        shift = spec.shift(index // m + place // m + np.uint32(first)) * np.uint32(spec.unit)
+        slot = (shift + place % m) % m
     elif spec.scheme == "roast":
-        starts = _chunk_starts(spec).astype(jnp.uint32)
-        slot = starts.at[chunk].get(mode="promise_in_bounds") + within
+        slot = _chunk_starts(spec, chunk).astype(jnp.uint32) + within
     else:
         slot = _hashed_slots(spec, index + np.uint32(spec.offset % 2**32)).astype(jnp.uint32)
     if not spec.sign:
