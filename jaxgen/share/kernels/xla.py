@@ -105,9 +105,11 @@ def _windows(spec: Spec, starts: np.ndarray, length: int) -> tuple[int, bool]:
 
 
 def _slot(spec: Spec, q: jax.Array, t: jax.Array) -> jax.Array:
-    """The slot of place ``t`` of partition ``q``, where ``t`` may be before its start."""
-    shift = spec.shift(q.astype(jnp.uint32)) * np.uint32(spec.unit)
-    return jnp.mod(shift.astype(jnp.int32) + t, spec.m).astype(jnp.int32)
+    """The slot of place ``t`` of partition ``q``, where ``t`` in ``[-m, m)`` may be before it."""
+    shift = (spec.shift(q.astype(jnp.uint32)) * np.uint32(spec.unit)).astype(jnp.int32)
+    # Never the sum of two numbers near m, which may pass an int32.
+    slot = shift - jnp.where(t < 0, -t, spec.m - t)
+    return jnp.where(slot < 0, slot + spec.m, slot)
 
 
 def _entry_signs(spec: Spec, q: jax.Array, t: jax.Array, length: int) -> jax.Array:
@@ -256,7 +258,7 @@ def backward_loop(
     cut = _Blocks(spec)
     wide = arrays.at_least_f32(pool.dtype)
     doubled = jnp.concatenate([pool, pool])
-    scaled = dy * jnp.asarray(spec.scale, dy.dtype)
+    scale = jnp.asarray(spec.scale, wide)
 
     def body(
         total: jax.Array, first: jax.Array, q: jax.Array, t: jax.Array, rows: int, windows: int
@@ -264,8 +266,8 @@ def backward_loop(
         flat = _read(doubled, spec, q, t, cut.entries(rows), windows)
         weight = _shape_block(flat, spec, rows).astype(dy.dtype)
         part = lax.dynamic_slice(x, (0, first), (x.shape[0], rows))
-        dx = _dot(scaled, weight, (1, 1)).astype(x.dtype)
-        dw = _order_block(_dot(part, scaled, (0, 0)).astype(wide), spec)
+        dx = (_dot(dy, weight, (1, 1)) * scale).astype(x.dtype)
+        dw = _order_block(_dot(part, dy, (0, 0)).astype(wide), spec)
         return _add(total, dw, spec, q, t, windows), dx
 
     start = arrays.varying_zeros((2 * spec.m,), wide, x, pool, dy)
@@ -273,4 +275,4 @@ def backward_loop(
     parts = [] if stacked is None else [stacked.swapaxes(0, 1).reshape(x.shape[0], -1)]
     parts += [] if last is None else [last]
     dx = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-    return dx, (total[: spec.m] + total[spec.m :]).astype(pool.dtype)
+    return dx, ((total[: spec.m] + total[spec.m :]) * scale).astype(pool.dtype)
