@@ -1,0 +1,1 @@
+"""The kernels of ``hashed_matmul``: plain XLA, and Pallas for TPUs and GPUs."""
