@@ -14,6 +14,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "train": "train a generator on a data set, measure it, draw it; go on with a run",
+    "plan": "print how a network would lie in a pool of a given size; train nothing",
     "sample": "draw samples from a trained run",
     "evaluate": "measure a trained run again, with other counts or another solver",
     "inpaint": "hide part of held-out images and let a trained run fill it in",
@@ -26,6 +27,7 @@ _HEAVY = ("train", "sample", "evaluate", "inpaint")
 _EXAMPLES = """\
   jaxgen train                                  handwritten digits in a few minutes on a laptop
   jaxgen train --data moons --process ve        a two-dimensional toy, another process
+  jaxgen train --share 0.1                      the same network in a tenth of its weights
   jaxgen sample runs/digits-vp --n 64           new digits from the run's checkpoint
   jaxgen train --help                           every setting, with its default"""
 

@@ -35,6 +35,13 @@ def figures_text(figures: Mapping[str, Any]) -> str:
             f"{100 * judge['smallest_class_share']:.1f} %, classifier right on "
             f"{100 * judge['held_out_accuracy']:.1f} % of held-out data"
         )
+    if "share" in figures:
+        share = figures["share"]
+        lines.append(
+            f"{'shared':<16}{share['weights']:,} weights in {figures['parameters']:,} numbers, "
+            f"{share['weights'] / figures['parameters']:.3g} times fewer ({share['scheme']}, "
+            f"fingerprint {', '.join(share['fingerprints'])})"
+        )
     made = figures["samples"]
     lines.append(
         f"samples         {made['count']}, averaged parameters (EMA {made['ema']}), "

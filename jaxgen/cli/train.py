@@ -26,12 +26,16 @@ class Train:
     that was interrupted, a higher --steps extends one that has finished, and settings that are not
     given are those of the folder's run. Ctrl-C finishes the step and saves.
 
+    With --share the weights live in a pool of hashed slots: weights, gradients, Adam's moments and
+    checkpoints have the pool's size. jaxgen plan shows beforehand what that comes to.
+
     For example:
 
       jaxgen train
       jaxgen train --data mnist5k --steps 4000
       jaxgen train --data moons --process ve --process-args sigma_max=10
       jaxgen train --labels --out runs/labelled
+      jaxgen train --share 0.1
       jaxgen train --config runs/digits-vp/config.yaml --seed 1 --out runs/again
     """
 

@@ -53,7 +53,7 @@ def describe(layout: Layout, *inner: Layout, dtype: DTypeLike = jnp.float32) -> 
     shared = sum(each.n for each in layouts)
     prefix = _common_prefix(layout.order)
     longest = max(len(path) - len(prefix) for path in layout.order)
-    room = _WIDTH - _BESIDE - max(len(how) for _, how in found.values())
+    room = _WIDTH - _BESIDE - max(len(how) for how in ["lives in", *(h for _, h in found.values())])
     width = max(len("leaf"), min(longest, max(room, _LEAST)))
     header = _COLUMNS.format(shape="shape", scale="scale", share="share", how="lives in")
     lines = [f"{prefix.rstrip('/') or 'leaf':<{width}}{header}"]
@@ -111,7 +111,8 @@ def _totals(layouts: Sequence[Layout], kept: Sequence[Kept]) -> list[str]:
             f"{name}: n = {each.n:,} weights of {len(each.leaves)} leaves{padding}, "
             f"m = {each.m:,} slots, n/m = {each.n / each.m:.4g}"
         )
-        tile = "" if each.tile is None else f", tiles of {each.tile[0]} x {each.tile[1]}"
+        piece = "chunks" if each.scheme == "roast" else "tiles"
+        tile = "" if each.tile is None else f", {piece} of {each.tile[0]} x {each.tile[1]}"
         signs = "signs" if each.sign else "no signs"
         lines.append(
             f"{'':<{len(name)}}  {each.scheme}{tile}, {signs}, seed {each.seed}, "

@@ -12,6 +12,7 @@ import importlib
 from typing import Any
 
 from jaxgen.train.checkpoint import Saver, restore, save
+from jaxgen.train.layouts import read_layout, read_layouts
 from jaxgen.train.loop import Diverged, Interrupted, fit
 from jaxgen.train.manifest import (
     CheckpointDamaged,
@@ -47,6 +48,8 @@ __all__ = [
     "fit",
     "latest_valid",
     "make_train_step",
+    "read_layout",
+    "read_layouts",
     "read_manifest",
     "replicate",
     "replicated",

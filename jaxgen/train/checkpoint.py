@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxgen.core.checks import positive_int
+from jaxgen.train import layouts as shared_layouts
 from jaxgen.train import manifest
 from jaxgen.train.manifest import (
     CheckpointError,
@@ -39,6 +40,7 @@ class Saver:
       directory: the checkpoints' folder, made if need be.
       config: plain values, or a dataclass of them, kept in every manifest.
       keep: how many of the newest steps to keep; ``None`` keeps all.
+      layout: of shared parameters, from ``share.plan``, or several: kept in every manifest.
 
     Raises:
       OSError: the folder cannot be made.
@@ -46,13 +48,19 @@ class Saver:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, config: Any = None, keep: int | None = None
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        config: Any = None,
+        keep: int | None = None,
+        layout: Any = None,
     ):
         # Imported here: the library is used without checkpoints too, and orbax is slow to import.
         import orbax.checkpoint as ocp
 
         self.directory = Path(directory).absolute()
         self._config = manifest.plain(config)
+        self._layouts = shared_layouts.as_tuple(layout)
         self._keep = None if keep is None else positive_int("keep", keep)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -83,12 +91,14 @@ class Saver:
             self._orbax.save(folder / manifest.STATE, arrays)
         except Exception as error:
             _fail(error, folder)
-        body = {
+        body: dict[str, Any] = {
             "step": step,
             "config": self._config,
             "leaves": manifest.describe(leaves),
             "keys": {k: str(jax.random.key_impl(v)) for k, v in leaves.items() if _is_key(v)},
         }
+        if self._layouts:
+            body["layout"] = shared_layouts.entries(self._layouts)
         self._thread = threading.Thread(
             target=self._finish, args=(folder, body), name="jaxgen-save"
         )
@@ -134,7 +144,12 @@ class Saver:
 
 
 def save(
-    directory: str | os.PathLike[str], state: Any, *, config: Any = None, keep: int | None = None
+    directory: str | os.PathLike[str],
+    state: Any,
+    *,
+    config: Any = None,
+    keep: int | None = None,
+    layout: Any = None,
 ) -> Path:
     """Save ``state`` under its ``step`` and wait until it is safely on disk.
 
@@ -143,6 +158,8 @@ def save(
       state: a ``TrainState``, or any pytree of arrays with an integer ``step``.
       config: plain values, or a dataclass of them, kept in the manifest.
       keep: how many of the newest steps to keep; ``None`` keeps all.
+      layout: of shared parameters, from ``share.plan``, kept in the manifest; several where pools
+        are nested, the outermost first. What is saved is ``state`` as it is: the pools.
 
     Returns:
       The step's folder.
@@ -152,7 +169,7 @@ def save(
       CheckpointForeign: the step's folder holds something else.
       OSError: the disk is full or cannot be written; the half-written step is removed.
     """
-    with Saver(directory, config=config, keep=keep) as saver:
+    with Saver(directory, config=config, keep=keep, layout=layout) as saver:
         return saver.save(state)
 
 
@@ -162,6 +179,7 @@ def restore(
     *,
     sharding: Any = None,
     step: int | None = None,
+    layout: Any = None,
 ) -> Any:
     """Read a saved step back, bit for bit, onto any devices.
 
@@ -172,6 +190,8 @@ def restore(
       sharding: one sharding for every leaf, or a pytree of them that is a prefix of ``like``'s.
         Default: the sharding of each leaf of ``like``, and the first device where it has none.
       step: default: the newest finished one.
+      layout: of shared parameters, as for ``save``: compared with the one saved. Without it a
+        checkpoint that holds a layout comes back with a warning.
 
     Returns:
       A tree like ``like`` with the saved values.
@@ -181,13 +201,15 @@ def restore(
       CheckpointTruncated, CheckpointDamaged: the bytes are not those written; the message names
         the newest step that still holds.
       CheckpointForeign: jaxgen did not write it.
-      CheckpointMismatch: it holds other paths, shapes or dtypes; the message names them.
+      CheckpointMismatch: it holds other paths, shapes or dtypes, which the message names, or
+        another layout: both fingerprints and what differs.
     """
     import orbax.checkpoint as ocp
 
     leaves = manifest.named_leaves(like)
     body = manifest.read_manifest(directory, step)
     folder = step_folder(directory, body["step"]).absolute()
+    shared_layouts.check(body, shared_layouts.as_tuple(layout), folder)
     manifest.compare_leaves(body["leaves"], manifest.describe(leaves), folder)
     with manifest.offering(directory):
         manifest.verify_files(folder, body)

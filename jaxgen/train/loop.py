@@ -91,6 +91,7 @@ def fit(
     keep: int | None = 3,
     max_skipped: int = 20,
     resume: bool = True,
+    layout: Any = None,
     config_may_change: Collection[str] = ("steps", "out"),
     on_report: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainState:
@@ -116,6 +117,8 @@ def fit(
       keep: number of checkpoints to keep; ``None`` keeps all.
       max_skipped: skipped steps in a row that stop the run.
       resume: ``False`` refuses a folder that holds a run.
+      layout: of shared parameters, from ``share.plan``, or several: kept in every checkpoint, and
+        a run that goes on must have the same.
       config_may_change: top-level names of ``config`` in which a run that goes on may differ.
       on_report: called with each line of ``metrics.jsonl``.
 
@@ -140,13 +143,15 @@ def fit(
         if out is not None:
             out = Path(out)
             folder = out / "checkpoints"
-            state, resumed = _resume(state, folder, mesh, resume, plain(config), config_may_change)
+            state, resumed = _resume(
+                state, folder, mesh, resume, plain(config), config_may_change, layout
+            )
             if resumed and not callable(batches):
                 raise ValueError(
                     f"{out} holds a run at step {int(state.step)}; to go on with it batches must "
                     "be a function of the data position, not a plain iterable"
                 )
-            saver = stack.enter_context(Saver(folder, config=config, keep=keep))
+            saver = stack.enter_context(Saver(folder, config=config, keep=keep, layout=layout))
         if mesh is not None:
             state = meshes.replicate(state, mesh)
         done = int(state.step)
@@ -191,6 +196,7 @@ def _resume(
     resume: bool,
     config: Any,
     may_change: Collection[str],
+    layout: Any,
 ) -> tuple[TrainState, bool]:
     """The newest saved state if it is ahead of ``state``, and whether it is."""
     saved = finished_steps(folder)
@@ -212,7 +218,7 @@ def _resume(
                 f"{folder} holds a run with another config; choose another folder, or use:\n{lines}"
             )
     sharding = None if mesh is None else meshes.replicated(mesh)
-    return restore(folder, state, sharding=sharding), True
+    return restore(folder, state, sharding=sharding, layout=layout), True
 
 
 @dataclasses.dataclass

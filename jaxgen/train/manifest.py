@@ -167,8 +167,8 @@ def write_manifest(folder: Path, body: Mapping[str, Any]) -> None:
 
     Args:
       folder: the step's folder.
-      body: ``step``, ``config``, ``leaves`` (from ``describe``) and ``keys`` (the generators of
-        typed keys, by path).
+      body: ``step``, ``config``, ``leaves`` (from ``describe``), ``keys`` (the generators of
+        typed keys, by path) and, where parameters are shared, ``layout``.
     """
     files = {
         path.relative_to(folder).as_posix(): {

@@ -54,6 +54,7 @@ def moons():
         process=st.sampled_from(typing.get_args(HINTS["process"])),
         steps=st.none() | st.integers(1, 10**6),
         seed=st.integers(0, 2**32),
+        share=st.none() | st.floats(1e-9, 1) | st.integers(1, 10**9).map(float),
         learning_rate=st.none() | st.floats(1e-12, 1e12),
         attention=st.lists(st.integers(1, 64)).map(tuple),
         channel_mults=st.none() | st.lists(st.integers(1, 8), min_size=1).map(tuple),
@@ -104,9 +105,13 @@ def test_resolve_leaves_no_choice_open_and_keeps_what_is_given():
         resolved = resolve(ScoreConfig(width=24), event)
         values = dataclasses.asdict(resolved)
         assert resolved.width == 24
-        assert [name for name, value in values.items() if value is None] == ["image_size"]
+        assert [name for name, value in values.items() if value is None] == ["share", "image_size"]
     assert resolve(ScoreConfig(), (8, 8, 1)).out == "runs/digits-vp"
     assert resolve(ScoreConfig(data="a/photos", process="ve"), (8, 8, 1)).out == "runs/photos-ve"
+    for share, name in ((0.1, "0.1"), (1.0, "1"), (1234567.0, "1234567")):
+        assert resolve(ScoreConfig(share=share), (8, 8, 1)).out == f"runs/digits-vp-share{name}"
+    config = ScoreConfig(share=0.5, share_scheme="roast")
+    assert resolve(config, (8, 8, 1)).out == "runs/digits-vp-share0.5-roast"
 
 
 @pytest.mark.parametrize(

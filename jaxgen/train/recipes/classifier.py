@@ -83,7 +83,7 @@ def train_judge(
     halvings = 2 if all(side % 4 == 0 for side in train.event[:2]) else 1
     net = nets.Classifier(train.num_classes, widths=(16, 32)[:halvings], feature_size=64)
     key_init, key_run = jax.random.split(key)
-    params = init_once(net, key_init, jnp.zeros((1, *train.event)))
+    params = init_once(net.init, key_init, jnp.zeros((1, *train.event)))
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
     levels, shift, scale = train.levels, train.shift, train.scale
 

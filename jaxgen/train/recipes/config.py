@@ -50,7 +50,13 @@ class ScoreConfig:
     seed: int = 0
     """Of the split, the order of the data, the network and the noise."""
     out: str | None = None
-    """The run's folder; by default runs/<data>-<process>."""
+    """The run's folder; by default runs/<data>-<process>, with -share<share> where it is shared."""
+
+    share: float | None = None
+    """Train in a pool: 0.1 for a tenth of the weights, 5000 for so many slots, 1 for the dense run;
+    biases, norms and layers of a few weights pass through uncounted."""
+    share_scheme: Literal["stable", "roast", "hashednet"] = "stable"
+    """Which slot of the pool makes each weight: STABLE-RPS, ROAST or HashedNets."""
 
     batch_size: int | None = None
     """Examples in a step, over all devices together."""
@@ -176,7 +182,7 @@ class Resolved(ScoreConfig):
 
 
 def resolve(config: ScoreConfig, event: tuple[int, ...]) -> Resolved:
-    """``config`` with every ``None`` replaced, but for ``image_size``, and checked.
+    """``config`` with every ``None`` replaced, but for ``image_size`` and ``share``, and checked.
 
     Args:
       config: what was asked for.
@@ -203,8 +209,15 @@ def field_names() -> list[str]:
 
 
 def default_out(config: ScoreConfig) -> str:
-    """The folder of a run: the one asked for, or ``runs/<data>-<process>``."""
-    return config.out or str(Path("runs") / f"{Path(config.data).stem or 'data'}-{config.process}")
+    """The folder of a run: the one asked for, or ``runs/<data>-<process>[-share<share>]``."""
+    if config.out:
+        return config.out
+    name = f"{Path(config.data).stem or 'data'}-{config.process}"
+    if config.share is not None:
+        scheme = "" if config.share_scheme == "stable" else f"-{config.share_scheme}"
+        # Twelve digits: 0.1 and 123456 are written as they were given.
+        name += f"-share{config.share:.12g}{scheme}"
+    return str(Path("runs") / name)
 
 
 def _levels(event: tuple[int, ...]) -> dict[str, Any]:
@@ -230,6 +243,13 @@ def _check(config: Resolved, event: tuple[int, ...]) -> None:
     for name in ("ema", "label_dropout", "dropout"):
         if not 0 <= getattr(config, name) < 1:
             raise ConfigError(f"{name} is {getattr(config, name)}; expected a number in [0, 1)")
+    if config.share is not None and not (
+        0 < config.share <= 1 or (config.share > 1 and config.share.is_integer())
+    ):
+        raise ConfigError(
+            f"share is {config.share:g}; expected a share of the weights in (0, 1], or a whole "
+            "number of slots"
+        )
     if not 0 < config.held_out < 1:
         raise ConfigError(f"held_out is {config.held_out}; expected a share between 0 and 1")
     if config.batch_size % config.accumulate:

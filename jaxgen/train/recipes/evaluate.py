@@ -104,6 +104,7 @@ def conditional_field(
     experiment: Experiment, params: Any, label: int | None, guidance: float
 ) -> Field:
     """The field of one label, guided (``guide.classifier_free_labels``); without one, of all."""
+    params = experiment.weights(params)
     if label is None:
         return experiment.field(params)
     return guide.classifier_free_labels(

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxgen import train
+from jaxgen.share import Layout
 from jaxgen.train import data as datasets
 from jaxgen.train.manifest import replace_text
 from jaxgen.train.recipes import pictures
@@ -46,7 +46,7 @@ class Run(NamedTuple):
 
     Attributes:
       experiment: what was trained.
-      params: the averaged parameters, on one device.
+      params: the averaged parameters, on one device; pools stay pools.
       step: the step that they are of.
     """
 
@@ -146,9 +146,43 @@ def _opening(experiment: Experiment) -> str:
     return (
         f"{start}: {config.data}, {len(experiment.train)} examples to learn and "
         f"{len(experiment.held_out)} held out; {config.process}; "
-        f"{type(experiment.net).__name__} of {experiment.parameters():,} parameters; "
+        f"{type(experiment.net).__name__} of {_size(experiment)}; "
         f"{config.steps} steps of {config.batch_size}"
     )
+
+
+def _size(experiment: Experiment) -> str:
+    if experiment.sharing is None:
+        return f"{experiment.parameters():,} parameters"
+    return f"{experiment.sharing.weights:,} weights in {experiment.parameters():,} numbers"
+
+
+def _layouts(experiment: Experiment) -> tuple[Layout, ...]:
+    return () if experiment.sharing is None else experiment.sharing.layouts
+
+
+def _kept_config(experiment: Experiment) -> dict[str, Any]:
+    """The configuration for the checkpoints, which those from before sharing came can match."""
+    config = dataclasses.asdict(experiment.config)
+    if experiment.sharing is None:
+        del config["share"], config["share_scheme"]
+    return config
+
+
+def _shared(experiment: Experiment) -> dict[str, Any]:
+    """What a run's figures say of its pools: nothing where there are none."""
+    sharing, config = experiment.sharing, experiment.config
+    if sharing is None:
+        return {}
+    return {
+        "share": {
+            "budget": config.share,
+            "scheme": config.share_scheme,
+            "weights": sharing.weights,
+            "slots": [layout.m for layout in sharing.layouts],
+            "fingerprints": [layout.fingerprint for layout in sharing.layouts],
+        }
+    }
 
 
 def train_run(
@@ -160,22 +194,13 @@ def train_run(
       Interrupted, Diverged, CheckpointError, OSError: see ``train.fit``.
     """
     config, out = experiment.config, Path(experiment.config.out)
-    dtype = jnp.dtype(config.precision) if config.precision != "float32" else None
     devices = jax.devices()
     mesh = train.data_mesh(batch=config.batch_size) if len(devices) > 1 else None
     _make_folder(out, config)
     say(_opening(experiment))
-    step = train.make_train_step(
-        experiment.loss,
-        experiment.optimizer,
-        ema=config.ema,
-        clip=config.clip,
-        accumulate=config.accumulate,
-        dtype=dtype,
-    )
     state = train.fit(
         experiment.state(),
-        step,
+        experiment.make_step(),
         datasets.batches(
             experiment.train,
             config.batch_size,
@@ -185,7 +210,7 @@ def train_run(
         ),
         config.steps,
         out=out,
-        config=dataclasses.asdict(config),
+        config=_kept_config(experiment),
         progress=progress,
         mesh=mesh,
         report_every=config.report_every,
@@ -193,6 +218,7 @@ def train_run(
         save_seconds=config.save_seconds,
         keep=config.keep,
         config_may_change=MAY_CHANGE,
+        layout=_layouts(experiment),
     )
     params = jax.device_put(state.ema, devices[0])
     figures, _ = measure(Run(experiment, params, int(state.step)), say=say)
@@ -232,6 +258,7 @@ def measure(run: Run, *, say: Say = lambda line: None) -> tuple[dict[str, Any], 
         "process": config.process,
         "step": run.step,
         "parameters": experiment.parameters(),
+        **_shared(experiment),
         **figures,
         "seconds": seconds,
         "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
@@ -256,5 +283,5 @@ def open_run(folder: Path) -> Run:
     data = datasets.load(stored.data, image_size=stored.image_size)
     experiment = build(resolve(stored, data.event), data)
     like = jax.eval_shape(experiment.state)
-    state = train.restore(folder / "checkpoints", like)
+    state = train.restore(folder / "checkpoints", like, layout=_layouts(experiment))
     return Run(experiment, state.ema, int(state.step))

@@ -22,26 +22,31 @@ from jaxgen.core import keys
 from jaxgen.core.arrays import left_broadcast
 from jaxgen.process import LinearSDE
 from jaxgen.score import Field
+from jaxgen.share import Shared
 from jaxgen.train.data import Dataset
 from jaxgen.train.recipes.config import ConfigError, Resolved
+from jaxgen.train.recipes.sharing import Sharing, plan_sharing
 from jaxgen.train.state import TrainState
+from jaxgen.train.step import Metrics, make_train_step
 
 __all__ = ["Experiment", "build", "make_process"]
 
 DATA_RANGE = (-1.0, 1.0)
 # Radians per unit of log(sigma/alpha)/4 of the fastest time feature.
 _TIME_SCALE = 100.0
+# Sets the key of a pool apart from those of the network's own layers.
+_POOL = 0x9001
 
 
-def init_once(net: Any, key: jax.Array, *args: Any) -> Any:
-    """``net.init(key, *args)``, compiled in a hurry.
+def init_once(init: Callable[..., Any], key: jax.Array, *args: Any) -> Any:
+    """``init(key, *args)``, compiled in a hurry.
 
     It runs once, and its many random draws take XLA's CPU compiler seconds to optimise.
     """
     if isinstance(key, jax.core.Tracer):
-        return net.init(key, *args)
+        return init(key, *args)
     hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(net.init, compiler_options=hurry)(key, *args)
+    return jax.jit(init, compiler_options=hurry)(key, *args)
 
 
 def make_process(name: str, arguments: tuple[str, ...] = ()) -> LinearSDE:
@@ -77,6 +82,7 @@ class Experiment:
       net: a Flax module, called as ``net.apply(params, x, t, label, train)``.
       sde: the process.
       sigma_data: root mean square of the training data as the network sees them.
+      sharing: the pools that the parameters live in, or ``None``.
     """
 
     config: Resolved
@@ -85,6 +91,7 @@ class Experiment:
     net: Any
     sde: LinearSDE
     sigma_data: float
+    sharing: Sharing | None = None
 
     @property
     def prediction(self) -> str:
@@ -96,11 +103,28 @@ class Experiment:
         """Entries of one example."""
         return math.prod(self.train.event)
 
-    def init(self, key: jax.Array) -> Any:
-        """The network's first parameters."""
+    def init_network(self, key: jax.Array) -> Any:
+        """The network's first parameters, before any sharing."""
         x = jnp.zeros((1, *self.train.event))
         label = jnp.zeros((1,), jnp.int32) if self.config.labels else None
-        return init_once(self.net, key, x, jnp.zeros((1,)), label)
+        return self.net.init(key, x, jnp.zeros((1,)), label)
+
+    def init(self, key: jax.Array) -> Any:
+        """The first of what is trained: the network's parameters, or the pools that make them."""
+
+        def make(key: jax.Array) -> Any:
+            params = self.init_network(key)
+            if self.sharing is None:
+                return params
+            return self.sharing.start(jax.random.fold_in(key, _POOL), params)
+
+        return init_once(make, key)
+
+    def weights(self, params: Any) -> Any:
+        """The network's parameters, from what ``init`` gives or a training state holds."""
+        if self.sharing is None or not isinstance(params, Shared):
+            return params
+        return self.sharing.expand(params)
 
     def field(
         self, params: Any, label: jax.Array | None = None, *, dropout_key: jax.Array | None = None
@@ -108,12 +132,13 @@ class Experiment:
         """The network with these parameters as a field ``f(x, t)`` on batches.
 
         Args:
-          params: from ``init``, or a trained ``TrainState.ema``.
+          params: from ``init``, or a trained ``TrainState.ema``; pools are expanded here, once.
           label: int32 ``(batch,)`` in ``[0, num_classes]``, the last meaning "none"; ``None`` for
             the whole distribution.
           dropout_key: draws dropout, as in training.
         """
         train = dropout_key is not None and self.config.dropout > 0
+        params = self.weights(params)
         rngs = {"dropout": dropout_key} if train else None
 
         def net(x: jax.Array, t: jax.Array) -> jax.Array:
@@ -163,7 +188,7 @@ class Experiment:
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        """Adam with a warm-up, and a decay if asked."""
+        """Adam with a warm-up, and a decay if asked; on pools it clips too, in units of weights."""
         config = self.config
         rate: float | Callable[[Any], Any] = config.learning_rate
         if config.schedule == "cosine":
@@ -173,7 +198,27 @@ class Experiment:
             )
         elif config.warmup_steps:
             rate = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-        return optax.adamw(rate, weight_decay=config.weight_decay)
+        if self.sharing is None:
+            return optax.adamw(rate, weight_decay=config.weight_decay)
+        rule = optax.chain(optax.clip_by_global_norm(config.clip), optax.scale_by_adam())
+        return optax.chain(
+            self.sharing.in_units_of_weights(rule),
+            # Decay of a pool is decay of its weights.
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(rate),
+        )
+
+    def make_step(self) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+        """The training step; see ``train.make_train_step``."""
+        config = self.config
+        return make_train_step(
+            self.loss,
+            self.optimizer,
+            ema=config.ema,
+            clip=config.clip if self.sharing is None else None,
+            accumulate=config.accumulate,
+            dtype=None if config.precision == "float32" else jnp.dtype(config.precision),
+        )
 
     def state(self) -> TrainState:
         """The state before the first step, which the seed determines."""
@@ -181,7 +226,7 @@ class Experiment:
         return TrainState.create(key_run, self.init(key_init), self.optimizer)
 
     def parameters(self) -> int:
-        """Number of parameters."""
+        """Number of numbers that are trained: the network's weights, or pools and the rest."""
         shapes = jax.eval_shape(self.init, jax.random.key(0))
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
@@ -221,4 +266,13 @@ def build(config: Resolved, data: Dataset) -> Experiment:
     cell = 0.0 if data.levels is None else (2 / data.levels) ** 2 / 12
     sigma_data = math.sqrt(float(np.mean(np.square(train.to_unit(train.x), dtype=float))) + cell)
     sde = make_process(config.process, config.process_args)
-    return Experiment(config, train, held_out, net, sde, sigma_data)
+    experiment = Experiment(config, train, held_out, net, sde, sigma_data)
+    if config.share is None:
+        return experiment
+    try:
+        sharing = plan_sharing(
+            experiment.init_network, config.share, scheme=config.share_scheme, seed=config.seed
+        )
+    except ValueError as error:
+        raise ConfigError(f"share is {config.share:g}, which does not suit: {error}") from None
+    return dataclasses.replace(experiment, sharing=sharing)
