@@ -125,7 +125,8 @@ class HashedEmbed(nn.Module):
         """Rows of the table: ``(*batch)``, integer, to ``(*batch, features)``.
 
         Args:
-            ids: in ``[0, num_embeddings)``; a row out of range is NaN, as in ``nn.Embed``.
+            ids: in ``[0, num_embeddings)``; a row out of range is NaN, one below zero too, where
+                ``nn.Embed`` counts from the end.
 
         Raises:
             TypeError: ``ids`` is not of an integer dtype.

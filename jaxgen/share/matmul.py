@@ -106,8 +106,9 @@ def _choose(
     """The implementation: one, or per platform where it is left open: (tpu, gpu, others)."""
     if implementation is None:
         plain = _xla_rule(x, spec)
+        # No kernel is imported for a leaf that has no tiles to rotate.
         kernels = (
-            name if spec.tile is not None and _reason(name, x, spec) is None else plain
+            name if spec.unit > 1 and _reason(name, x, spec) is None else plain
             for name in ("mosaic_tpu", "mosaic_gpu")
         )
         return (*kernels, plain)
