@@ -76,7 +76,10 @@ def test_each_command_explains_itself(capsys, name):
 def test_the_stable_flags_are_there(capsys):
     main(["train", "--help"])
     said = capsys.readouterr().out
-    for flag in ("--data", "--process", "--steps", "--seed", "--out", "--config", "--precision"):
+    for flag in (
+        *("--data", "--process", "--steps", "--seed", "--out", "--config", "--precision"),
+        *("--share", "--share-scheme"),
+    ):
         assert flag in said
     main(["sample", "--help"])
     said = capsys.readouterr().out

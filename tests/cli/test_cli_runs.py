@@ -33,6 +33,7 @@ SETTINGS = {
 }
 SMALL = ("--quiet", *(str(w) for name, value in SETTINGS.items() for w in (f"--{name}", value)))
 MOONS = ("train", "--data", "moons", *SMALL)
+POOL = ("train", "--data", "moons", *SMALL, "--width", "24", "--share", "0.25")
 DIGITS = ("train", "--labels", "--channel-mults", "1", "--steps", "4", *SMALL)
 
 
@@ -183,6 +184,101 @@ def test_a_signal_saves_and_the_same_command_goes_on(moons, tmp_path, capsys, na
         assert main(words) == 0 and bits(out) == bits(moons)
     else:
         assert f"at step {step}, past 6" in refused(capsys, *words)
+
+
+# --- a run in a pool ----------------------------------------------------------------------------
+
+
+def plan_of(capsys, *words):
+    capsys.readouterr()
+    assert main(["plan", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """A run in the default folder below a folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("shared"))
+        assert main([*POOL, "--steps", "4"]) == 0
+        return Path("runs/moons-vp-share0.25").resolve()
+
+
+def test_a_run_in_a_pool(pool, tmp_path, capsys):
+    config = yaml.safe_load((pool / "config.yaml").read_text())
+    assert (config["share"], config["share_scheme"]) == (0.25, "stable")
+    body = train.read_manifest(pool / "checkpoints")
+    sizes = [int(np.prod(leaf["shape"])) for leaf in body["leaves"].values()]
+    figures = figures_of(pool)
+    (layout,) = train.read_layouts(pool / "checkpoints")
+    # The largest shared layer is (24, 48); the pool is a quarter of all of them.
+    assert figures["share"]["slots"] == [layout.m] and max(sizes) == layout.m < layout.n / 3
+    assert figures["parameters"] < figures["share"]["weights"] / 2
+    assert figures["share"]["fingerprints"] == [layout.fingerprint]
+    out = tmp_path / "x.npz"
+    words = ["--n", "5", "--solver", "ddim", "--steps", "3", "--out", str(out)]
+    assert main(["sample", str(pool), *words]) == 0
+    assert np.isfinite(np.load(out)["x"]).all()
+    # The layout that was planned beforehand, by shapes alone.
+    words = ["--data", "moons", "--width", "24", "--blocks", "1", "--share", "0.25"]
+    assert f"m = {layout.m:,} slots" in (said := plan_of(capsys, *words))
+    assert f"fingerprint {layout.fingerprint}" in said
+
+
+def test_a_run_in_a_pool_is_kept_to_its_layout(pool, tmp_path, capsys):
+    assert "step 4 has this layout" in plan_of(capsys, pool)
+    assert "has another layout" in plan_of(capsys, pool, "--share", "0.5")
+    assert "share 0.25 there, 0.5 now" in refused(
+        capsys, "train", "--out", pool, "--share", "0.5", "--steps", "4"
+    )
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(pool, out)
+    text = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
+    line = refused(capsys, "sample", out)
+    assert "seed: 0 there, 1 asked for" in line
+    assert train.read_layout(pool / "checkpoints").fingerprint in line
+
+
+def test_a_plan_makes_no_folder_and_nothing_of_the_networks_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = plan_of(capsys, "--share", "0.05", "--width", "1024")
+    assert "in all: 383,883,265 weights" in said and "1.536 GB" in said and "pool 2" in said
+    assert max(map(len, said.splitlines())) <= 100 and not list(tmp_path.iterdir())
+    assert max(x.size for x in jax.live_arrays()) < 1e6
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ((), "give --share, such as"),
+        (("--share", "0"), "share is 0"),
+        (("--share", "1.5"), "whole number of slots"),
+        (("--share", "1e9"), "the weights that are shared"),
+        (("--share", "tenth"), "--share"),
+        (("no/such/run",), "holds no run"),
+        (("--share", "0.1", "--share-scheme", "rost"), "'roast'"),
+    ],
+)
+def test_plans_that_cannot_be_made(capsys, words, part):
+    assert part in refused(capsys, "plan", *words)
+
+
+@pytest.mark.slow
+def test_digits_in_a_pool(tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["--width", "24", "--share", "0.1", "--precision", "bfloat16", "--out", str(out)]
+    assert main([*DIGITS, *words]) == 0
+    assert len(train.read_layouts(out / "checkpoints")) == 2
+    assert main(["train", "--out", str(out), "--steps", "6"]) == 0
+    assert figures_of(out)["step"] == 6
+    small = ["--n", "3", "--solver", "ddim", "--steps", "3", "--label", "3", "--guidance", "2"]
+    assert main(["sample", str(out), *small]) == 0
+    assert main(["inpaint", str(out), "--n", "2", "--steps", "20"]) == 0
+    assert main(["evaluate", str(out)]) == 0
+    assert "weights in" in capsys.readouterr().out
 
 
 # --- commands on a run --------------------------------------------------------------------------
