@@ -75,7 +75,7 @@ def hashed_matmul(
     if x.ndim < 1 or x.shape[-1] != spec.shape[0]:
         raise ValueError(f"x has shape {x.shape}; expected (..., {spec.shape[0]}) for {spec.path}")
     x = arrays.unsharded(x)
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    flat, pool = _vary_alike(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), pool)
     chosen = _choose(flat, spec, implementation)
     if set(chosen) == {"xla_expand"}:
         # Plain operations, which forward mode takes too; the weight is not kept for the gradient.
@@ -83,6 +83,22 @@ def hashed_matmul(
     else:
         y = _matmul(flat, pool, spec, chosen)
     return y.reshape(*x.shape[:-1], spec.shape[1])
+
+
+def _vary_alike(*operands: jax.Array) -> list[jax.Array]:
+    """The operands, each varying over the mesh axes of any, so that their gradients may.
+
+    Under ``shard_map`` the gradient of a pool that is the same on all devices varies with x; the
+    derivative of this cast sums it over them.
+    """
+    kinds = [jax.typeof(x) for x in operands]
+    # The name of jax 0.10.2, and the one before it.
+    own = [k.manual_axis_type.varying if hasattr(k, "manual_axis_type") else k.vma for k in kinds]
+    lacking = [tuple(frozenset().union(*own) - mine) for mine in own]
+    return [
+        lax.pcast(x, names, to="varying") if names else x
+        for x, names in zip(operands, lacking, strict=True)
+    ]
 
 
 def _reason(name: str, x: jax.Array, spec: Spec) -> str | None:

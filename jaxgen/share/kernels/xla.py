@@ -243,10 +243,10 @@ def forward_loop(x: jax.Array, pool: jax.Array, spec: Spec) -> jax.Array:
     ) -> tuple[jax.Array, None]:
         flat = _read(doubled, spec, q, t, cut.entries(rows), windows)
         weight = _shape_block(flat, spec, rows).astype(x.dtype)
-        part = lax.dynamic_slice(x, (0, first), (x.shape[0], rows))
+        part = lax.dynamic_slice_in_dim(x, first, rows, axis=1)
         return total + _dot(part, weight, (1, 0)), None
 
-    start = arrays.varying_zeros((x.shape[0], spec.matrix[1]), wide, x, pool)
+    start = arrays.varying_zeros((x.shape[0], spec.matrix[1]), wide, pool)
     total, _, _ = _each_block(spec, start, body)
     return (total * jnp.asarray(spec.scale, wide)).astype(x.dtype)
 
@@ -265,14 +265,15 @@ def backward_loop(
     ) -> tuple[jax.Array, jax.Array]:
         flat = _read(doubled, spec, q, t, cut.entries(rows), windows)
         weight = _shape_block(flat, spec, rows).astype(dy.dtype)
-        part = lax.dynamic_slice(x, (0, first), (x.shape[0], rows))
+        part = lax.dynamic_slice_in_dim(x, first, rows, axis=1)
         dx = (_dot(dy, weight, (1, 1)) * scale).astype(x.dtype)
         dw = _order_block(_dot(part, dy, (0, 0)).astype(wide), spec)
         return _add(total, dw, spec, q, t, windows), dx
 
-    start = arrays.varying_zeros((2 * spec.m,), wide, x, pool, dy)
+    start = arrays.varying_zeros((2 * spec.m,), wide, pool)
     total, stacked, last = _each_block(spec, start, body)
-    parts = [] if stacked is None else [stacked.swapaxes(0, 1).reshape(x.shape[0], -1)]
-    parts += [] if last is None else [last]
+    parts = [] if last is None else [last]
+    if stacked is not None:
+        parts.insert(0, stacked.swapaxes(0, 1).reshape(x.shape[0], cut.full * cut.rows))
     dx = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
     return dx, ((total[: spec.m] + total[spec.m :]) * scale).astype(pool.dtype)
