@@ -79,6 +79,15 @@ def _interpreter(interpret: Any) -> Any:
     return interpret
 
 
+def _call(kernel: Callable[..., None], *operands: jax.Array, interpret: Any, **options: Any) -> Any:
+    """``pl.pallas_call``, whose strict interpreter cannot be mapped: there, one by one."""
+    interpret = _interpreter(interpret)
+    call = pl.pallas_call(kernel, interpret=interpret, **options)
+    if isinstance(interpret, pltpu.InterpretParams):
+        call = jax.custom_batching.sequential_vmap(call)
+    return call(*operands)
+
+
 def _chip_vmem() -> int:
     """VMEM of the chip at hand, or what every chip has."""
     if jax.default_backend() != "tpu":
@@ -273,7 +282,7 @@ def _product(
         + x.dtype.itemsize * (2 * blocks.rows * (x_block + y_block) + kb * nb)
         + 4 * (2 * blocks.rows * y_block + 3 * tiles.size)
     )
-    return pl.pallas_call(
+    return _call(
         functools.partial(
             _product_kernel,
             tiles=tiles,
@@ -283,6 +292,8 @@ def _product(
             length=length,
             precision=precision,
         ),
+        x,
+        *([view] * count),
         grid=(pl.cdiv(rows, blocks.rows), pl.cdiv(width, y_block), pl.cdiv(length, x_block)),
         in_specs=[pl.BlockSpec((blocks.rows, x_block), lambda i, outer, inner: (i, inner)), *pools],
         out_specs=pl.BlockSpec((blocks.rows, y_block), lambda i, outer, inner: (i, outer)),
@@ -296,9 +307,9 @@ def _product(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=_limit(needed),
         ),
-        interpret=_interpreter(interpret),
+        interpret=interpret,
         name="hashed_forward" if is_forward else "hashed_grad_x",
-    )(x, *([view] * count))
+    )
 
 
 def forward(
@@ -474,10 +485,11 @@ def grad_pool(
         operands.append(arrays.varying_zeros(view, jnp.float32, x, dy))
         in_specs.append(pl.BlockSpec((None, 8, _LANES), lambda *_: (0, 0, 0)))
         aliases = {2: 0}
-    out = pl.pallas_call(
+    out = _call(
         functools.partial(
             _pool_kernel, tiles=tiles, rows=rows, columns=columns, precision=precision
         ),
+        *operands,
         grid=(tiles.touched, tiles.partitions, pl.cdiv(rows, block)),
         in_specs=in_specs,
         out_specs=pl.BlockSpec(one, lambda a, q, i: (tiles.touch(a), 0, 0)),
@@ -491,7 +503,7 @@ def grad_pool(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=_limit(needed),
         ),
-        interpret=_interpreter(interpret),
+        interpret=interpret,
         name="hashed_grad_pool",
-    )(*operands)
+    )
     return out.reshape(spec.m)

@@ -113,7 +113,10 @@ class Tiles:
 
     @functools.cached_property
     def runs(self) -> tuple[tuple[int, int], ...]:
-        """The pool tiles that the leaf touches, as runs ``(start, length)``."""
+        """The pool tiles that the leaf touches, as runs ``(start, length)``.
+
+        All tiles for a leaf of as many as the pool has.
+        """
         if self.count >= self.units:
             return ((0, self.units),)
         is_used = np.zeros(self.units + 2, np.int8)
