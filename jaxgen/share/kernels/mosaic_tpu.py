@@ -32,7 +32,7 @@ from jax.typing import DTypeLike
 
 from jaxgen.core import arrays
 from jaxgen.share.hashing import fmix32
-from jaxgen.share.kernels.tiles import Tiles, tiles_of, untiled
+from jaxgen.share.kernels.tiles import Tiles, output_type, tiles_of, untiled
 from jaxgen.share.layout import Spec
 
 __all__ = ["forward", "grad_pool", "grad_x", "is_resident", "supports"]
@@ -47,10 +47,12 @@ _VMEM = 16 << 20
 _MOST_RESIDENT = 64 << 20
 
 
-def supports(shape: tuple[int, ...], dtype: DTypeLike, spec: Spec) -> str | None:
+def supports(
+    shape: tuple[int, ...], dtype: DTypeLike, spec: Spec, pool_dtype: DTypeLike | None = None
+) -> str | None:
     """Why the kernels cannot serve an ``x`` of this shape and dtype, or ``None``."""
     del shape
-    if (reason := untiled(spec)) is not None:
+    if (reason := untiled(spec, pool_dtype)) is not None:
         return reason
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"x has dtype {np.dtype(dtype)}; the TPU kernels take float32 and bfloat16"
@@ -66,8 +68,10 @@ def supports(shape: tuple[int, ...], dtype: DTypeLike, spec: Spec) -> str | None
     return None
 
 
-def _check(shape: tuple[int, ...], dtype: DTypeLike, spec: Spec) -> Tiles:
-    if (reason := supports(shape, dtype, spec)) is not None:
+def _check(
+    shape: tuple[int, ...], dtype: DTypeLike, spec: Spec, pool_dtype: DTypeLike | None = None
+) -> Tiles:
+    if (reason := supports(shape, dtype, spec, pool_dtype)) is not None:
         raise NotImplementedError(f"{spec.path}: {reason}")
     return tiles_of(spec)
 
@@ -227,11 +231,6 @@ def _limit(needed: int) -> int:
     return max(_VMEM, needed * 5 // 4)
 
 
-def _shape(shape: tuple[int, ...], dtype: DTypeLike, *like: jax.Array) -> Any:
-    """The output, which under ``shard_map`` varies as its operands do."""
-    return jax.eval_shape(lambda *like: arrays.varying_zeros(shape, dtype, *like), *like)
-
-
 def _product(
     x: jax.Array,
     pool: jax.Array,
@@ -243,7 +242,7 @@ def _product(
     target: tuple[int, int, int],
     interpret: Any,
 ) -> jax.Array:
-    tiles = _check(x.shape, x.dtype, spec)
+    tiles = _check(x.shape, x.dtype, spec, pool.dtype)
     rows, (length, width) = x.shape[0], spec.matrix if is_forward else spec.matrix[::-1]
     if rows == 0:
         return jnp.zeros((0, width), x.dtype)
@@ -297,7 +296,7 @@ def _product(
         grid=(pl.cdiv(rows, blocks.rows), pl.cdiv(width, y_block), pl.cdiv(length, x_block)),
         in_specs=[pl.BlockSpec((blocks.rows, x_block), lambda i, outer, inner: (i, inner)), *pools],
         out_specs=pl.BlockSpec((blocks.rows, y_block), lambda i, outer, inner: (i, outer)),
-        out_shape=_shape((rows, width), x.dtype, x, pool),
+        out_shape=output_type((rows, width), x.dtype, x, pool),
         scratch_shapes=[
             pltpu.VMEM((blocks.rows, y_block), jnp.float32),
             pltpu.VMEM((kb, nb), x.dtype),
@@ -493,7 +492,7 @@ def grad_pool(
         grid=(tiles.touched, tiles.partitions, pl.cdiv(rows, block)),
         in_specs=in_specs,
         out_specs=pl.BlockSpec(one, lambda a, q, i: (tiles.touch(a), 0, 0)),
-        out_shape=_shape(view, jnp.float32, x, dy),
+        out_shape=output_type(view, jnp.float32, x, dy),
         scratch_shapes=[
             pltpu.VMEM((columns, tiles.bn), jnp.float32),
             pltpu.VMEM(one[1:], jnp.float32),

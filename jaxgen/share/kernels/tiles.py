@@ -10,21 +10,31 @@ import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
+from jaxgen.core import arrays
 from jaxgen.share.layout import Spec
 
-__all__ = ["Tiles", "tiles_of", "untiled"]
+__all__ = ["Tiles", "output_type", "tiles_of", "untiled"]
 
 
-def untiled(spec: Spec) -> str | None:
-    """Why a leaf has no tiles that a kernel can take, or ``None``."""
+def untiled(spec: Spec, pool_dtype: DTypeLike | None = None) -> str | None:
+    """Why no kernel can take a leaf or a pool, or ``None``."""
     if spec.scheme != "stable":
         return f'kernels serve scheme "stable", not {spec.scheme!r}'
     if spec.tile is None:
         return "kernels serve layouts with tiles: plan(..., tile=(256, 256))"
+    if pool_dtype is not None and pool_dtype not in (jnp.float32, jnp.bfloat16):
+        return f"pool has dtype {np.dtype(pool_dtype)}; kernels take float32 and bfloat16"
     return None
+
+
+def output_type(shape: tuple[int, ...], dtype: DTypeLike, *like: jax.Array) -> Any:
+    """The type of a kernel's output, which under ``shard_map`` varies as its operands do."""
+    return jax.eval_shape(lambda *like: arrays.varying_zeros(shape, dtype, *like), *like)
 
 
 def _divmod(x: Any, n: int) -> tuple[Any, Any]:
