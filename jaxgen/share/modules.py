@@ -74,8 +74,10 @@ class SharedModule(nn.Module):
         shapes = jax.eval_shape(lambda: fresh(jax.random.key(0)))
         others = {}
         for name in sorted(set(shapes) - {"params"}):
+            # In a jit, as above: no parameter is drawn.
+            start = jax.jit(lambda key, name=name: fresh(key)[name])
             others[name] = self.variable(
-                name, "inner", lambda name=name: fresh(jax.random.key(0))[name]
+                name, "inner", lambda start=start: start(jax.random.key(0))
             )
         variables = {"params": expand(shared, layout), **{k: v.value for k, v in others.items()}}
         mutable = [name for name in others if self.is_mutable_collection(name)]
@@ -94,7 +96,7 @@ class SharedNNX(nnx.Module):
 
     Attributes:
         pool: an ``nnx.Param``, ``(m,)``.
-      rest: the ``nnx.Param``s that pass through, by name.
+        rest: the ``nnx.Param``s that pass through, by name.
         others: the wrapped module's other state.
         layout: static.
 
