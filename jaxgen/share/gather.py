@@ -28,9 +28,8 @@ from jaxgen.share.layout import Layout, Spec, named_leaves
 
 __all__ = ["Shared", "compress", "expand", "expand_leaf", "init", "slots"]
 
-# Weights whose slots "hashednet" computes at a time, and windows taken one by one at most.
+# Weights whose slots the gradients of "roast" and "hashednet" compute at a time.
 _BLOCK = 1 << 16
-_UNROLLED = 4
 
 
 class Shared(NamedTuple):
@@ -54,9 +53,8 @@ def _split(spec: Spec) -> tuple[list[tuple[int, int]], tuple[int, int], list[tup
         q, t = divmod(at, m)
         return (int(spec.shift(q)) * spec.unit + t) % m, until - at
 
-    if q1 - q0 <= _UNROLLED:
-        cuts = [spec.offset, *range(q0 * m, end, m), end]
-        cuts = sorted({c for c in cuts if spec.offset <= c <= end})
+    if q1 <= q0:
+        cuts = [spec.offset, q1 * m, end] if spec.offset < q1 * m < end else [spec.offset, end]
         return [window(a, b) for a, b in itertools.pairwise(cuts)], (0, 0), []
     before = [window(spec.offset, q0 * m)] if spec.offset < q0 * m else []
     after = [window(q1 * m, end)] if q1 * m < end else []
@@ -68,97 +66,97 @@ def _full_starts(spec: Spec, q0: int, q1: int) -> jax.Array:
     return (shifts * np.uint32(spec.unit)).astype(jnp.int32)
 
 
-def _chunk_starts(spec: Spec, chunk: jax.Array) -> jax.Array:
-    """Where the windows of some chunks of a ``"roast"`` leaf start, by their numbers in it.
+def _hashed_slots(spec: Spec, place: jax.Array) -> jax.Array:
+    """The slots of the places of a ``"roast"`` or ``"hashednet"`` leaf's order, uint32 to int32.
 
-    The released code hashes row and column by a linear function, whose loads vary widely from seed
-    to seed: at m = n between a fifth and a half of the pool is left unused.
+    The released code of ROAST hashes row and column of a chunk by a linear function, whose loads
+    vary widely from seed to seed: at m = n between a fifth and a half of the pool is left unused.
     """
+    if spec.scheme == "hashednet":
+        index = place + np.uint32(spec.offset % 2**32)
+        h = quadratic31(index, spec.key(7), spec.key(8, 1), spec.key(9))
+        return (h % np.uint32(spec.m)).astype(jnp.int32)
     size = math.prod(spec.tile or ())
-    number = chunk + np.uint32(spec.offset // size % 2**32)
+    number = place // np.uint32(size) + np.uint32(spec.offset // size % 2**32)
     h = quadratic31(number, spec.key(4), spec.key(5, 1), spec.key(6))
-    return (h % np.uint32(spec.m - size + 1)).astype(jnp.int32)
-
-
-def _all_chunk_starts(spec: Spec) -> jax.Array:
-    return _chunk_starts(spec, lax.iota(jnp.uint32, math.prod(spec.grid)))
-
-
-def _hashed_slots(spec: Spec, index: jax.Array) -> jax.Array:
-    h = quadratic31(index, spec.key(7), spec.key(8, 1), spec.key(9))
-    return (h % np.uint32(spec.m)).astype(jnp.int32)
-
-
-def _windows(pool: jax.Array, starts: jax.Array, length: int) -> jax.Array:
-    return jax.vmap(lambda s: lax.dynamic_slice(pool, (s,), (length,)))(starts)
+    return (h % np.uint32(spec.m - size + 1) + place % np.uint32(size)).astype(jnp.int32)
 
 
 def _gather(pool: jax.Array, doubled: jax.Array, spec: Spec) -> jax.Array:
-    """The slots of a leaf, in its order: ``(padded,)``."""
-    if spec.scheme == "stable":
-        before, (q0, q1), after = _split(spec)
+    """The weights of a leaf, in its order: ``(padded,)``."""
+    if spec.scheme != "stable":
+        at = _hashed_slots(spec, lax.iota(jnp.uint32, spec.padded))
+        return _made(pool.at[at].get(mode="promise_in_bounds"), spec)
+
+    before, (q0, q1), after = _split(spec)
+    if q0 == q1 and len(before) == 1:
+        (start, length), *_ = before
+        return _made(lax.slice(doubled, (start,), (start + length,)), spec)
+    if q0 == q1 and spec.padded <= spec.m:
+        # Two windows and a choice between them: a concatenation would be fused into branches.
+        (first, cut), (second, _) = before
+        second = (second - cut) % spec.m
+        one, other = (lax.slice(doubled, (s,), (s + spec.padded,)) for s in (first, second))
+        return _made(jnp.where(lax.iota(jnp.int32, spec.padded) < cut, one, other), spec)
+    if q0 == q1:
         parts = [lax.slice(doubled, (s,), (s + k,)) for s, k in before]
-        if q1 > q0:
-            parts.append(_windows(doubled, _full_starts(spec, q0, q1), spec.m).reshape(-1))
-        parts += [lax.slice(doubled, (s,), (s + k,)) for s, k in after]
-        return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
-    if spec.scheme == "roast":
-        return _windows(pool, _all_chunk_starts(spec), math.prod(spec.tile or ())).reshape(-1)
+        return _made(lax.optimization_barrier(jnp.concatenate(parts)), spec)
+    # Whole windows written in place, one after the other: on a CPU a concatenation, or a gather of
+    # windows, compiles to a loop over single entries, several times as slow. The parts at the ends
+    # come first, as whole windows too; the full partitions then write over what they have too much.
+    m, head = spec.m, sum(length for _, length in before)
+    ends = [((start + length) % m, spec.padded - m) for start, length in after]
+    ends += [(start, 0) for start, _ in before]
+    starts = jnp.concatenate(
+        [jnp.array([s for s, _ in ends], jnp.int32), _full_starts(spec, q0, q1)]
+    )
+    places = jnp.concatenate(
+        [
+            jnp.array([at for _, at in ends], jnp.int32),
+            head + m * lax.iota(jnp.int32, q1 - q0),
+        ]
+    )
 
-    def block(first: jax.Array) -> jax.Array:
-        index = first + lax.iota(jnp.uint32, min(_BLOCK, spec.padded))
-        return pool.at[_hashed_slots(spec, index)].get(mode="promise_in_bounds")
+    def body(i: jax.Array, out: jax.Array) -> jax.Array:
+        window = lax.dynamic_slice(doubled, (starts[i],), (m,))
+        return lax.dynamic_update_slice(out, _made(window, spec, places[i]), (places[i],))
 
-    return lax.map(block, _block_firsts(spec)).reshape(-1)[: spec.padded]
-
-
-def _block_firsts(spec: Spec) -> jax.Array:
-    block = min(_BLOCK, spec.padded)
-    count = -(-spec.padded // block)
-    return lax.iota(jnp.uint32, count) * np.uint32(block) + np.uint32(spec.offset % 2**32)
+    out = arrays.varying_zeros((spec.padded,), doubled.dtype, doubled)
+    return lax.fori_loop(0, len(ends) + q1 - q0, body, out)
 
 
 def _scatter(total: jax.Array, flat: jax.Array, spec: Spec) -> jax.Array:
-    """Add a leaf's entries to their slots in ``total``: ``(2m,)`` under ``"stable"``."""
-    if spec.scheme == "roast":
-        chunks = flat.reshape(-1, math.prod(spec.tile or ()))
-        transposed = jax.linear_transpose(
-            lambda pool: _windows(pool, _all_chunk_starts(spec), chunks.shape[1]), total
-        )
-        return total + transposed(chunks.astype(total.dtype))[0]
-    if spec.scheme == "hashednet":
+    """Add what a leaf's entries weigh to their slots in ``total``: ``(2m,)`` under ``"stable"``."""
+    wide = total.dtype
+    if spec.scheme != "stable":
         block = min(_BLOCK, spec.padded)
-        firsts = _block_firsts(spec)
-        blocks = jnp.pad(flat, (0, firsts.size * block - flat.size)).reshape(-1, block)
+        count = -(-spec.padded // block)
+        blocks = jnp.pad(flat, (0, count * block - flat.size)).reshape(-1, block)
 
         def add_block(total: jax.Array, xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            index = xs[0] + lax.iota(jnp.uint32, block)
-            value = xs[1].astype(total.dtype)
-            at = total.at[_hashed_slots(spec, index)]
-            return at.add(value, mode="promise_in_bounds"), None
+            first = xs[0] * np.uint32(block)
+            at = total.at[_hashed_slots(spec, first + lax.iota(jnp.uint32, block))]
+            return at.add(_made(xs[1].astype(wide), spec, first), mode="promise_in_bounds"), None
 
-        return lax.scan(add_block, total, (firsts, blocks))[0]
+        return lax.scan(add_block, total, (lax.iota(jnp.uint32, count), blocks))[0]
 
-    def add(total: jax.Array, start: Any, values: jax.Array) -> jax.Array:
-        old = lax.dynamic_slice(total, (start,), values.shape)
-        return lax.dynamic_update_slice(total, old + values.astype(total.dtype), (start,))
+    def add(total: jax.Array, start: Any, length: int, at: Any) -> jax.Array:
+        values = _made(lax.dynamic_slice(flat, (at,), (length,)).astype(wide), spec, at)
+        old = lax.dynamic_slice(total, (start,), (length,))
+        return lax.dynamic_update_slice(total, old + values, (start,))
 
     before, (q0, q1), after = _split(spec)
     at = 0
     for start, length in before:
-        total = add(total, start, flat[at : at + length])
-        at += length
+        total, at = add(total, start, length, at), at + length
     if q1 > q0:
-        rows = flat[at : at + (q1 - q0) * spec.m].reshape(-1, spec.m)
-        total, _ = lax.scan(
-            lambda total, xs: (add(total, xs[0], xs[1]), None),
-            total,
-            (_full_starts(spec, q0, q1), rows),
+        starts, first = _full_starts(spec, q0, q1), at
+        total = lax.fori_loop(
+            0, q1 - q0, lambda i, t: add(t, starts[i], spec.m, first + i * spec.m), total
         )
-        at += rows.size
+        at += (q1 - q0) * spec.m
     for start, length in after:
-        total = add(total, start, flat[at : at + length])
-        at += length
+        total, at = add(total, start, length, at), at + length
     return total
 
 
@@ -180,27 +178,23 @@ def _to_order(leaf: jax.Array, spec: Spec) -> jax.Array:
     return matrix.reshape(rows, bk, columns, bn).transpose(0, 2, 1, 3).reshape(-1)
 
 
-def _signed(flat: jax.Array, spec: Spec) -> jax.Array:
-    if not spec.sign:
-        return flat
-    index = lax.iota(jnp.uint32, spec.padded) + np.uint32(spec.offset % 2**32)
-    return flat * sign(index, spec.sign_seed).astype(flat.dtype)
+def _made(flat: jax.Array, spec: Spec, at: Any = 0) -> jax.Array:
+    """Signed and scaled entries of a leaf, from place ``at`` on."""
+    # In reduced precision lambda itself would be rounded, for a whole leaf the same way.
+    wide = arrays.at_least_f32(flat.dtype)
+    out = flat.astype(wide) * jnp.asarray(spec.scale, wide)
+    if spec.sign:
+        first = jnp.asarray(at, jnp.uint32) + np.uint32(spec.offset % 2**32)
+        signs = sign(first + lax.iota(jnp.uint32, flat.size), spec.sign_seed)
+        out = out * signs.astype(wide)
+    return out.astype(flat.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def apply_map(pool: jax.Array, specs: tuple[Spec, ...]) -> tuple[jax.Array, ...]:
     """A psi, leaf by leaf."""
     doubled = jnp.concatenate([pool, pool]) if specs[0].scheme == "stable" else pool
-    wide = arrays.at_least_f32(pool.dtype)
-
-    def scaled(flat: jax.Array, spec: Spec) -> jax.Array:
-        # In reduced precision lambda itself would be rounded, for a whole leaf the same way.
-        return (flat.astype(wide) * jnp.asarray(spec.scale, wide)).astype(pool.dtype)
-
-    return tuple(
-        scaled(_from_order(_signed(_gather(pool, doubled, spec), spec), spec), spec)
-        for spec in specs
-    )
+    return tuple(_from_order(_gather(pool, doubled, spec), spec) for spec in specs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -213,8 +207,7 @@ def apply_transpose(
     length = 2 * m if specs[0].scheme == "stable" else m
     total = arrays.varying_zeros((length,), wide, *leaves)
     for leaf, spec in zip(leaves, specs, strict=True):
-        scaled = leaf.astype(wide) * jnp.asarray(spec.scale, wide)
-        total = _scatter(total, _signed(_to_order(scaled, spec), spec), spec)
+        total = _scatter(total, _to_order(leaf, spec), spec)
     if length > m:
         total = total[:m] + total[m:]
     return total.astype(dtype)
@@ -434,20 +427,15 @@ def slots(spec: Spec, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         chunk = row // np.uint32(bk) * np.uint32(across) + column // np.uint32(bn)
         within = row % np.uint32(bk) * np.uint32(bn) + column % np.uint32(bn)
         index = chunk * np.uint32(bk * bn) + within
-    else:
-        chunk, within = index, index
     if spec.scheme == "stable":
         first, phase = divmod(spec.offset, spec.m)
         m = np.uint32(spec.m)
         # Sums of two numbers below m stay below 2^32, which index + phase may pass.
         place = index % m + np.uint32(phase)
         shift = spec.shift(index // m + place // m + np.uint32(first)) * np.uint32(spec.unit)
-        slot = (shift + place % m) % m
-    elif spec.scheme == "roast":
-        slot = _chunk_starts(spec, chunk).astype(jnp.uint32) + within
+        slot = ((shift + place % m) % m).astype(jnp.int32)
     else:
-        slot = _hashed_slots(spec, index + np.uint32(spec.offset % 2**32)).astype(jnp.uint32)
+        slot = _hashed_slots(spec, index)
     if not spec.sign:
-        return slot.astype(jnp.int32), jnp.ones(slot.shape, jnp.int32)
-    signs = sign(index + np.uint32(spec.offset % 2**32), spec.sign_seed)
-    return slot.astype(jnp.int32), signs
+        return slot, jnp.ones(slot.shape, jnp.int32)
+    return slot, sign(index + np.uint32(spec.offset % 2**32), spec.sign_seed)
