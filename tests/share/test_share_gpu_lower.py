@@ -15,7 +15,7 @@ from jaxgen.share.kernels import mosaic_gpu
 from jaxgen.share.kernels.tiles import tiles_of
 
 SHAPES = {"a": (60, 100), "b": (100, 140)}
-# Of a result: its rounding to bfloat16. The products are exact and their sums of 150 terms at most
+# Of a result: its rounding to bfloat16. The products are exact and their sums of 200 terms at most
 # are good to 1e-5 of the largest.
 UBF16 = 2.0**-8
 
@@ -95,9 +95,9 @@ def f32(x):
 
 
 def test_products_of_a_leaf_amid_others(interpret, multiply, capfd):
-    # 6 tiles in a pool of 5, from its third place on: two partitions.
-    spec = spec_of(5 * 64 * 64, (64, 64))
-    assert (tiles_of(spec).count, spec.units, tiles_of(spec).partitions) == (6, 5, 2)
+    # 4 tiles in a pool of 3, from its second place on: two partitions; a tile is 2 x 3 blocks.
+    spec = spec_of(3 * 128 * 192, (128, 192), {"a": (60, 100), "b": (140, 200)})
+    assert (tiles_of(spec).count, spec.units, tiles_of(spec).partitions) == (4, 3, 2)
     x, dy, pool = draw(spec, 150)
     w, vjp = jax.vjp(lambda pool: expand_leaf(pool, spec), pool.astype(jnp.float32))
     w = np.asarray(w)
