@@ -392,6 +392,21 @@ def test_one_block_is_expanded_and_more_are_looped_over(blocks_of):
     assert set(share.matmul._choose(jnp.ones((2, 16)), other, None)) == {"xla_expand"}
 
 
+def test_a_leaf_with_tiles_has_a_kernel_for_each_accelerator_and_the_plain_form_elsewhere():
+    spec = second_leaf(256, 256, 2**15, tile=(128, 128))
+    inputs = draw(spec, batch=(8,))
+    for dtype, gpu in ((jnp.float32, "xla_expand"), (jnp.bfloat16, "mosaic_gpu")):
+        x, pool, dy = (jnp.asarray(v, dtype) for v in inputs)
+        assert share.matmul._choose(x, spec, None) == ("mosaic_tpu", gpu, "xla_expand")
+        y, dx, dpool = jax.jit(product(None, spec))(x, pool, dy)
+        plain = jax.jit(product("xla_expand", spec))(x, pool, dy)
+        for found, expected in zip((y, dx, dpool), plain, strict=True):
+            assert found.dtype == dtype
+            scale = float(jnp.abs(expected).max())
+            error = np.abs(np.asarray(found, np.float32) - np.asarray(expected, np.float32))
+            assert error.max() < 4 * jnp.finfo(dtype).eps * scale
+
+
 def test_names_are_honoured_or_refused_with_the_reasons():
     spec, hashed = PAIR["xla_loop"], EXPANDED["hashednet"]
     x = jnp.ones((2, 13))
