@@ -84,6 +84,11 @@ def _hashed_slots(spec: Spec, place: jax.Array) -> jax.Array:
 
 def _gather(pool: jax.Array, doubled: jax.Array, spec: Spec) -> jax.Array:
     """The weights of a leaf, in its order: ``(padded,)``."""
+    if spec.padded >= 2**31:
+        raise NotImplementedError(
+            f"{spec.path} has {spec.padded} weights, more than are built at once; look them up by "
+            "slots, or multiply by hashed_matmul"
+        )
     if spec.scheme != "stable":
         at = _hashed_slots(spec, lax.iota(jnp.uint32, spec.padded))
         return _made(pool.at[at].get(mode="promise_in_bounds"), spec)

@@ -41,7 +41,7 @@ def hashed_matmul(
     Sums run in float32 or wider; the pool's gradient is summed in a fixed order. Differentiable
     once in reverse mode. Forward mode in ``x``, as exact likelihoods take, and higher orders need
     ``"xla_expand"``, which is also what ``None`` takes for leaves of up to a million weights
-    without tiles.
+    without tiles. On an Explicit mesh ``x`` is replicated first: split a batch by ``shard_map``.
 
     Args:
       x: ``(*batch, K)``, floating.

@@ -21,16 +21,23 @@ def _fan_in_std(preset: str, path: str, shape: tuple[int, ...]) -> float:
 
     Flax keeps kernels as ``(*window, in, out)`` and draws them with variance 1 / fan-in, and
     embeddings with 1 / features; Equinox and torch keep ``(out, in, *window)``, drawn uniformly
-    with half-width ``fan_in ** -0.5``, and embeddings as standard normals.
+    with half-width ``fan_in ** -0.5``, and embeddings as standard normals. A bias of
+    several axes, such as attention has, starts at zero.
     """
+    *_, module, name = ["", *path.split("/")]
     is_embedding = "embed" in path.lower()
+    if name == "bias" and len(shape) > 1:
+        return 0.0
+    if preset == "flax" and module in ("query", "key", "value") and len(shape) == 3:
+        # Attention keeps (in, heads, features) and draws it as (in, heads * features).
+        return shape[0] ** -0.5
     if preset == "flax":
         return (shape[-1] if is_embedding else math.prod(shape[:-1])) ** -0.5
     return 1.0 if is_embedding else (3 * math.prod(shape[1:])) ** -0.5
 
 
 def leaf_scale(scale: Scale, path: str, leaf: Any) -> float:
-    """C of one leaf; zero for a constant leaf that was measured.
+    """C of one leaf; zero for a leaf that starts constant.
 
     Raises:
       ValueError: an unknown name, a leaf without a given scale, or one that is not positive.

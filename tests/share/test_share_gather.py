@@ -554,3 +554,9 @@ def test_bad_input_is_named():
     for error, message, function, arguments in cases:
         with pytest.raises(error, match=message):
             function(*arguments)
+
+
+def test_a_leaf_too_large_to_build_says_so():
+    layout = share.plan({"w": shape(2**16, 2**15)}, 100)
+    with pytest.raises(NotImplementedError, match="w has 2147483648 weights, more than are built"):
+        share.expand(share.init(jax.random.key(0), layout), layout)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from jaxgen import share
 from jaxgen.share import gather
+from jaxgen.share import layout as layout_module
 
 P = 2**31 - 1
 F32 = jnp.float32
@@ -239,6 +240,7 @@ class FlaxNet(nn.Module):
     def __call__(self, ids):
         x = nn.Embed(100, 64)(ids)
         x = nn.Conv(48, (3, 5))(x)
+        x = nn.MultiHeadDotProductAttention(num_heads=4)(x, x)
         return nn.Dense(96)(x)
 
 
@@ -258,6 +260,9 @@ def test_presets_are_the_libraries_own():
         for path, measured in stds(share.plan(tree, 0.1)).items():
             n = {s.path: s.size for s in share.plan(tree, 0.1).leaves}[path]
             assert abs(measured / given_by_rule[path] - 1) < 4 / math.sqrt(2 * n), path
+    # Attention keeps biases of two axes, which start at zero.
+    kept = {k.path for k in share.plan(params, 0.1, scale="flax").kept}
+    assert kept == {name for name in layout_module.named_leaves(params) if name.endswith("bias")}
     assert share.plan(jax.eval_shape(lambda tree: tree, params), 0.1) == share.plan(
         params, 0.1, scale="flax"
     )
