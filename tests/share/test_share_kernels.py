@@ -221,7 +221,7 @@ def test_tiles_are_where_the_layout_has_them(budget):
         np.testing.assert_array_equal(word[local], first[has])
 
 
-def test_blocks_and_the_residence_of_the_pool():
+def test_the_residence_of_the_pool_and_what_is_read_of_it():
     spec = leaf(planned(1 << 20, (256, 256), {"w": (4096, 4096)}), "w")
     assert mosaic_tpu.is_resident(512, jnp.float32, spec)
     assert not mosaic_tpu.is_resident(512, jnp.float32, dataclasses.replace(spec, m=1 << 21))
@@ -229,6 +229,11 @@ def test_blocks_and_the_residence_of_the_pool():
     small = leaf(planned(1 << 20, (256, 256), {"a": (4096, 4096), "b": (256, 256)}), "b")
     assert not mosaic_tpu.is_resident(512, jnp.float32, small)
     assert mosaic_tpu.is_resident(512 * 17, jnp.float32, small)
+    # The pool once, or the virtual weight once for each block of rows.
+    read = functools.partial(mosaic_tpu.weight_bytes, spec=spec, pool_dtype=jnp.float32)
+    assert read(513) == read(513, resident=True) == 4 << 20
+    assert read(512, resident=False) == 4 << 24
+    assert read(513, resident=False) == read(513, resident=False, is_forward=False) == 8 << 24
 
 
 def test_what_is_not_served_is_refused_with_the_reason():

@@ -29,7 +29,7 @@ TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
 DTYPES = ("float32", "bfloat16")
 FUSED = ("forward", "forward resident", "grad_x", "grad_x resident", "grad_pool")
 CONTROLS = ("expanded forward", "expanded gradients")
-AWKWARD = ("few rows", "many rows", "small tiles", "wide tiles", "mapped", "large resident")
+AWKWARD = ("few rows", "many rows", "small tiles", "wide tiles", "mapped", "large blocks")
 
 
 @pytest.fixture(scope="module")
@@ -123,14 +123,14 @@ def main():
     for name, (function, *operands) in zip(CONTROLS, controls, strict=True):
         report["v5e:2x2"]["float32"][name] = compile_for("v5e:2x2", function, *operands)
 
-    def awkward(rows, dtype, spec, axes=None, resident=None):
+    def awkward(rows, dtype, spec, axes=None, **options):
         x, dy = (shape(dtype, rows, size) for size in spec.matrix)
         pool = shape(jnp.float32, spec.m)
 
         def products(x, dy, pool):
             return (
-                mosaic_tpu.forward(x, pool, spec, resident=resident),
-                mosaic_tpu.grad_x(dy, pool, spec, resident=resident),
+                mosaic_tpu.forward(x, pool, spec, **options),
+                mosaic_tpu.grad_x(dy, pool, spec, **options),
                 mosaic_tpu.grad_pool(x, dy, spec),
             )
 
@@ -150,8 +150,13 @@ def main():
         "small tiles": awkward(37, jnp.bfloat16, spec_of(0.3, (16, 128), **odd), resident=False),
         "wide tiles": awkward(37, jnp.float32, spec_of(0.3, (8, 1024), **last)),
         "mapped": awkward(37, jnp.float32, spec_of(0.9, (128, 128), **last), (0, 0, 0)),
-        "large resident": awkward(
-            600, jnp.float32, spec_of(1 << 23, (512, 512), w=(4096, 4096)), resident=True
+        # What a chip with 64 MiB of VMEM or more gets.
+        "large blocks": awkward(
+            2500,
+            jnp.float32,
+            spec_of(1 << 23, (128, 128), w=(4096, 4096)),
+            resident=True,
+            target=mosaic_tpu._LARGE,
         ),
     }
     print(json.dumps(report))

@@ -35,11 +35,12 @@ from jaxgen.share.hashing import fmix32
 from jaxgen.share.kernels.tiles import Tiles, output_type, tiles_of, untiled
 from jaxgen.share.layout import Spec
 
-__all__ = ["forward", "grad_pool", "grad_x", "is_resident", "supports"]
+__all__ = ["forward", "grad_pool", "grad_x", "is_resident", "supports", "weight_bytes"]
 
 _LANES = 128
-# Rows of X, rows and columns of W in a block, and tiles of a block at most.
-_TARGET = (512, 512, 512)
+# Lengths of a block: rows of X, the axis summed over, the axis kept. At these a product in float32
+# is bound by arithmetic, by memory at the small ones; tiles of a block at most.
+_SMALL, _LARGE = (512, 512, 512), (1024, 512, 1024)
 _MOST_TILES = 16
 _MOST_SLOTS = 1 << 19
 # Bytes of VMEM: every chip's, and what a kernel may take of it with a pool in it.
@@ -99,13 +100,21 @@ def _chip_vmem() -> int:
     return pltpu.get_tpu_info().vmem_capacity_bytes
 
 
-def is_resident(rows: int, pool_dtype: DTypeLike, spec: Spec, block: int = _TARGET[0]) -> bool:
+def _target(target: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    if target is not None:
+        return target
+    return _LARGE if _chip_vmem() >= 4 * _VMEM else _SMALL
+
+
+def is_resident(
+    rows: int, pool_dtype: DTypeLike, spec: Spec, target: tuple[int, int, int] | None = None
+) -> bool:
     """Whether the pool is held in VMEM where it is not said.
 
     The pool must take a quarter of VMEM at most (of 16 MiB where no TPU is at hand), and be
     smaller than what fetching the leaf's tiles once for each block of rows would move.
     """
-    slots = spec.padded * pl.cdiv(rows, block)
+    slots = spec.padded * pl.cdiv(rows, _target(target)[0])
     return spec.m * np.dtype(pool_dtype).itemsize <= _chip_vmem() // 4 and spec.m < slots
 
 
@@ -129,14 +138,43 @@ class _Blocks:
     across: int
 
 
-def _blocks(tiles: Tiles, rows: int, target: tuple[int, int, int]) -> _Blocks:
+def _blocks(
+    tiles: Tiles, rows: int, is_forward: bool, target: tuple[int, int, int] | None
+) -> _Blocks:
+    target = _target(target)
     # A block of X is a multiple of 128 columns.
     step = max(1, _LANES // tiles.bk)
-    across = min(max(1, target[2] // tiles.bn), max(1, _MOST_TILES // step))
-    across = _even(tiles.across, across)
-    down = min(max(step, target[1] // tiles.bk), max(step, _MOST_TILES // across))
-    down = _even(tiles.down, down // step * step, step)
-    return _Blocks(_row_block(rows, target[0]), down, across)
+    down, across = target[1:] if is_forward else target[:0:-1]
+    down, across = max(step, down // tiles.bk // step * step), max(1, across // tiles.bn)
+    # The axis kept goes first: it decides how often X is read.
+    if is_forward:
+        across = min(across, _MOST_TILES // step)
+        down = min(down, max(step, _MOST_TILES // across // step * step))
+    else:
+        down = min(down, _MOST_TILES)
+        across = min(across, max(1, _MOST_TILES // down))
+    return _Blocks(
+        _row_block(rows, target[0]), _even(tiles.down, down, step), _even(tiles.across, across)
+    )
+
+
+def weight_bytes(
+    rows: int,
+    pool_dtype: DTypeLike,
+    spec: Spec,
+    *,
+    is_forward: bool = True,
+    resident: bool | None = None,
+    target: tuple[int, int, int] | None = None,
+) -> int:
+    """Bytes that ``forward`` (or ``grad_x``) reads of the pool from main memory, at most."""
+    tiles, itemsize = tiles_of(spec), np.dtype(pool_dtype).itemsize
+    if is_resident(rows, pool_dtype, spec, target) if resident is None else resident:
+        return spec.m * itemsize
+    blocks = _blocks(tiles, rows, is_forward, target)
+    down = pl.cdiv(tiles.down, blocks.down) * blocks.down
+    across = pl.cdiv(tiles.across, blocks.across) * blocks.across
+    return pl.cdiv(rows, blocks.rows) * down * across * tiles.size * itemsize
 
 
 def _signed(slots: jax.Array, word: Any, spec: Spec) -> jax.Array:
@@ -239,7 +277,7 @@ def _product(
     is_forward: bool,
     resident: bool | None,
     precision: Any,
-    target: tuple[int, int, int],
+    target: tuple[int, int, int] | None,
     interpret: Any,
 ) -> jax.Array:
     tiles = _check(x.shape, x.dtype, spec, pool.dtype)
@@ -247,13 +285,13 @@ def _product(
     if rows == 0:
         return jnp.zeros((0, width), x.dtype)
     if resident is None:
-        resident = is_resident(rows, pool.dtype, spec, target[0])
+        resident = is_resident(rows, pool.dtype, spec, target)
     pool_bytes = pool.size * pool.dtype.itemsize
     if resident and pool_bytes > _MOST_RESIDENT:
         raise NotImplementedError(
             f"the pool has {pool_bytes} bytes; at most {_MOST_RESIDENT} can be resident"
         )
-    blocks = _blocks(tiles, rows, target)
+    blocks = _blocks(tiles, rows, is_forward, target)
     kb, nb = blocks.down * tiles.bk, blocks.across * tiles.bn
     x_block, y_block = (kb, nb) if is_forward else (nb, kb)
     view = pool.reshape(tiles.units, tiles.size // _LANES, _LANES)
@@ -275,12 +313,15 @@ def _product(
         count = blocks.down * blocks.across
         pools = [pl.BlockSpec((None, *view.shape[1:]), tile(i)) for i in range(count)]
     wide = (tiles.size // _LANES, _LANES) if tiles.bn > _LANES else (8, _LANES)
-    kept = pool_bytes if resident else 2 * count * tiles.size * pool.dtype.itemsize
+    held = pool_bytes if resident else 2 * count * tiles.size * pool.dtype.itemsize
     needed = (
-        kept
+        held
         + x.dtype.itemsize * (2 * blocks.rows * (x_block + y_block) + kb * nb)
         + 4 * (2 * blocks.rows * y_block + 3 * tiles.size)
     )
+    options: dict[str, Any] = {"is_forward": is_forward, "resident": resident, "target": target}
+    read = weight_bytes(rows, pool.dtype, spec, **options)
+    columns = pl.cdiv(width, y_block)
     return _call(
         functools.partial(
             _product_kernel,
@@ -293,7 +334,7 @@ def _product(
         ),
         x,
         *([view] * count),
-        grid=(pl.cdiv(rows, blocks.rows), pl.cdiv(width, y_block), pl.cdiv(length, x_block)),
+        grid=(pl.cdiv(rows, blocks.rows), columns, pl.cdiv(length, x_block)),
         in_specs=[pl.BlockSpec((blocks.rows, x_block), lambda i, outer, inner: (i, inner)), *pools],
         out_specs=pl.BlockSpec((blocks.rows, y_block), lambda i, outer, inner: (i, outer)),
         out_shape=output_type((rows, width), x.dtype, x, pool),
@@ -305,6 +346,11 @@ def _product(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=_limit(needed),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * length * width,
+            transcendentals=0,
+            bytes_accessed=read + x.dtype.itemsize * rows * (columns * length + width),
         ),
         interpret=interpret,
         name="hashed_forward" if is_forward else "hashed_grad_x",
@@ -318,7 +364,7 @@ def forward(
     *,
     resident: bool | None = None,
     precision: lax.PrecisionLike = None,
-    target: tuple[int, int, int] = _TARGET,
+    target: tuple[int, int, int] | None = None,
     interpret: Literal[False, True] | pltpu.InterpretParams = False,
 ) -> jax.Array:
     """``x @ weight``.
@@ -329,7 +375,8 @@ def forward(
       spec: a tiled leaf that ``supports`` has no objection to.
       resident: whether the pool is held in VMEM; ``None`` by ``is_resident``.
       precision: of the products, as ``jax.lax.dot_general`` has it; sums are in float32.
-      target: about how many rows of ``x``, rows and columns of the weight a block has.
+      target: about how long the axes of a block are: rows of ``x``, what is summed over, what is
+        kept; ``None`` by the chip at hand.
       interpret: ``True`` runs under the strict TPU interpreter, on any machine.
 
     Returns:
@@ -357,7 +404,7 @@ def grad_x(
     *,
     resident: bool | None = None,
     precision: lax.PrecisionLike = None,
-    target: tuple[int, int, int] = _TARGET,
+    target: tuple[int, int, int] | None = None,
     interpret: Literal[False, True] | pltpu.InterpretParams = False,
 ) -> jax.Array:
     """``dy @ weight.T``: ``(M, K)`` in ``dy``'s dtype from ``dy`` of shape ``(M, N)``.
@@ -501,6 +548,11 @@ def grad_pool(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=_limit(needed),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * tiles.count * tiles.size,
+            transcendentals=0,
+            bytes_accessed=tiles.count * rows * width * x.dtype.itemsize + 4 * spec.m,
         ),
         interpret=interpret,
         name="hashed_grad_pool",
