@@ -291,3 +291,21 @@ def test_traces_under_shard_map_with_its_check():
         mapped = jax.shard_map(products, mesh=mesh, in_specs=specs, out_specs=specs)
         shapes = jax.eval_shape(mapped, *args)
         assert [s.shape for s in shapes] == [(16, 20), (16, 100), (spec.m,)]
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_lowers_for_tpu_without_its_compiler(mapped):
+    spec = leaf(planned(0.3, (16, 128)), "b")
+
+    def products(x, dy, pool):
+        return (
+            mosaic_tpu.forward(x, pool, spec, precision="highest"),
+            mosaic_tpu.grad_x(dy, pool, spec, resident=True),
+            mosaic_tpu.grad_pool(x, dy, spec),
+        )
+
+    args = draw(spec, 20, jnp.float32)
+    args = [jnp.stack([a, a]) for a in args] if mapped else args
+    function = jax.jit(jax.vmap(products) if mapped else products)
+    lowered = jax.export.export(function, platforms=["tpu"])(*args)
+    assert lowered.mlir_module().count("@tpu_custom_call") == 3
