@@ -85,8 +85,8 @@ def _message(error: Exception) -> str:
 
 
 def _say(name: str, message: str) -> None:
-    print(f"{name}: {'; '.join(' '.join(s.split()) for s in message.splitlines() if s.strip())}",
-          file=sys.stderr, flush=True)  # fmt: skip
+    line = "; ".join(" ".join(part.split()) for part in message.splitlines() if part.strip())
+    print(f"{name}: {line.replace(':; ', ': ')}", file=sys.stderr, flush=True)
 
 
 @contextmanager
