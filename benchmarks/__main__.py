@@ -12,6 +12,7 @@ NAMES = {
     "sampling": "each fixed-grid solver against the lax.scan a user would write",
     "likelihood": "64 exact likelihoods against scipy.integrate.solve_ivp on the host",
     "hash_matmul": "a layer whose weight lives in a pool against the dense layer",
+    "hash_matmul_tpu": "what the compiled TPU kernels need in memory, without a TPU",
     "sharing": "expand against a stored index; a small network's step in a pool",
 }
 

@@ -10,6 +10,7 @@ gradient in x and the gradient in the pool. Each can be asked for by name:
 """
 
 import functools
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -47,8 +48,9 @@ def hashed_matmul(
       x: ``(*batch, K)``, floating.
       pool: ``(m,)``, floating.
       spec: a leaf of shape ``(K, N)``, from ``leaf``.
-      implementation: a name of the module, or several, tried in order; ``None`` takes the kernel of
-        the platform where it serves, else ``"xla"``.
+      implementation: a name of the module, or several, tried in order; ``None`` takes
+        ``"mosaic_tpu"`` on a TPU where it serves the leaf, else ``"xla"``. ``"mosaic_gpu"`` is
+        compiled and interpreted in tests, but no GPU has run it yet, so it must be asked for.
 
     Returns:
       ``(*batch, N)`` in ``x``'s dtype.
@@ -76,7 +78,7 @@ def hashed_matmul(
         raise ValueError(f"x has shape {x.shape}; expected (..., {spec.shape[0]}) for {spec.path}")
     x = arrays.unsharded(x)
     flat, pool = _vary_alike(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), pool)
-    chosen = _choose(flat, spec, implementation)
+    chosen = _choose(flat, pool, spec, implementation)
     if set(chosen) == {"xla_expand"}:
         # Plain operations, which forward mode takes too; the weight is not kept for the gradient.
         y = jax.checkpoint(functools.partial(xla.forward_expand, spec=spec))(flat, pool)
@@ -101,48 +103,45 @@ def _vary_alike(*operands: jax.Array) -> list[jax.Array]:
     ]
 
 
-def _reason(name: str, x: jax.Array, spec: Spec) -> str | None:
+def _kernel(name: str) -> Any:
+    # Imported where it is asked for: Pallas is slow to import.
+    return importlib.import_module(f"jaxgen.share.kernels.{name}")
+
+
+def _reason(name: str, x: jax.Array, pool: jax.Array, spec: Spec) -> str | None:
     """Why an implementation cannot serve, or ``None``."""
+    if name == "xla_expand":
+        return None
     if name == "xla_loop":
         return xla.supports_loop(spec)
-    if name in ("mosaic_tpu", "interpret"):
-        from jaxgen.share.kernels import mosaic_tpu
-
-        return mosaic_tpu.supports(x.shape, x.dtype, spec)
-    if name == "mosaic_gpu":
-        from jaxgen.share.kernels import mosaic_gpu
-
-        return mosaic_gpu.supports(x.shape, x.dtype, spec)
-    return None
+    module = _kernel("mosaic_tpu" if name == "interpret" else name)
+    return module.supports(x.shape, x.dtype, spec, pool.dtype)
 
 
 def _choose(
-    x: jax.Array, spec: Spec, implementation: str | Sequence[str] | None
-) -> tuple[str, ...]:
-    """The implementation: one, or per platform where it is left open: (tpu, gpu, others)."""
+    x: jax.Array, pool: jax.Array, spec: Spec, implementation: str | Sequence[str] | None
+) -> tuple[str, str]:
+    """The implementation on a TPU, and elsewhere."""
     if implementation is None:
-        plain = _xla_rule(x, spec)
+        plain = _xla_rule(spec)
         # No kernel is imported for a leaf that has no tiles to rotate.
-        kernels = (
-            name if spec.unit > 1 and _reason(name, x, spec) is None else plain
-            for name in ("mosaic_tpu", "mosaic_gpu")
-        )
-        return (*kernels, plain)
+        fused = spec.unit > 1 and _reason("mosaic_tpu", x, pool, spec) is None
+        return ("mosaic_tpu" if fused else plain), plain
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     if not names:
         raise ValueError("implementation names none; expected one of " + ", ".join(_NAMES))
     reasons = []
     for name in names:
         one_of("implementation", name, _NAMES)
-        name = _xla_rule(x, spec) if name == "xla" else name
-        reason = _reason(name, x, spec)
+        name = _xla_rule(spec) if name == "xla" else name
+        reason = _reason(name, x, pool, spec)
         if reason is None:
-            return (name,)
+            return name, name
         reasons.append(f"{name}: {reason}")
     raise NotImplementedError(f"{spec.path} of shape {spec.shape}: " + "; ".join(reasons))
 
 
-def _xla_rule(x: jax.Array, spec: Spec) -> str:
+def _xla_rule(spec: Spec) -> str:
     """The loop wherever it has more than one block to run over: see ``benchmarks``."""
     is_one_block = xla.blocks(spec) == 1
     return "xla_expand" if xla.supports_loop(spec) or is_one_block else "xla_loop"
@@ -153,13 +152,9 @@ def _forward_by(name: str, x: jax.Array, pool: jax.Array, spec: Spec) -> jax.Arr
         return xla.forward_loop(x, pool, spec)
     if name == "xla_expand":
         return xla.forward_expand(x, pool, spec)
-    if name == "mosaic_gpu":
-        from jaxgen.share.kernels import mosaic_gpu
-
-        return mosaic_gpu.forward(x, pool, spec)
-    from jaxgen.share.kernels import mosaic_tpu
-
-    return mosaic_tpu.forward(x, pool, spec, interpret=name == "interpret")
+    if name == "interpret":
+        return _kernel("mosaic_tpu").forward(x, pool, spec, interpret=True)
+    return _kernel(name).forward(x, pool, spec)
 
 
 def _backward_by(
@@ -169,36 +164,30 @@ def _backward_by(
         return xla.backward_loop(x, pool, dy, spec)
     if name == "xla_expand":
         return xla.backward_expand(x, pool, dy, spec)
-    if name == "mosaic_gpu":
-        from jaxgen.share.kernels import mosaic_gpu
-
-        dx = mosaic_gpu.grad_x(dy, pool, spec)
-        return dx, mosaic_gpu.grad_pool(x, dy, spec).astype(pool.dtype)
-    from jaxgen.share.kernels import mosaic_tpu
-
-    interpret = name == "interpret"
-    dx = mosaic_tpu.grad_x(dy, pool, spec, interpret=interpret)
-    return dx, mosaic_tpu.grad_pool(x, dy, spec, interpret=interpret).astype(pool.dtype)
+    options = {"interpret": True} if name == "interpret" else {}
+    module = _kernel("mosaic_tpu" if name == "interpret" else name)
+    dpool = module.grad_pool(x, dy, spec, **options)
+    return module.grad_x(dy, pool, spec, **options), dpool.astype(pool.dtype)
 
 
-def _by_platform(function: Any, names: tuple[str, ...], *operands: Any) -> Any:
-    if len(set(names)) == 1:
-        return function(names[0], *operands)
-    tpu, gpu, plain = (functools.partial(function, name) for name in names)
-    return lax.platform_dependent(*operands, tpu=tpu, cuda=gpu, default=plain)
+def _by_platform(function: Any, names: tuple[str, str], *operands: Any) -> Any:
+    tpu, plain = (functools.partial(function, name) for name in names)
+    if names[0] == names[1]:
+        return plain(*operands)
+    return lax.platform_dependent(*operands, tpu=tpu, default=plain)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _matmul(x: jax.Array, pool: jax.Array, spec: Spec, names: tuple[str, ...]) -> jax.Array:
+def _matmul(x: jax.Array, pool: jax.Array, spec: Spec, names: tuple[str, str]) -> jax.Array:
     return _by_platform(lambda name, x, pool: _forward_by(name, x, pool, spec), names, x, pool)
 
 
-def _matmul_fwd(x: jax.Array, pool: jax.Array, spec: Spec, names: tuple[str, ...]) -> Any:
+def _matmul_fwd(x: jax.Array, pool: jax.Array, spec: Spec, names: tuple[str, str]) -> Any:
     return _matmul(x, pool, spec, names), (x, pool)
 
 
 def _matmul_bwd(
-    spec: Spec, names: tuple[str, ...], saved: tuple[jax.Array, jax.Array], dy: jax.Array
+    spec: Spec, names: tuple[str, str], saved: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     return _by_platform(
         lambda name, x, pool, dy: _backward_by(name, x, pool, dy, spec), names, *saved, dy
