@@ -25,13 +25,12 @@ from jaxgen.train.recipes.config import ScoreConfig, resolve
 from jaxgen.train.recipes.score import Experiment, build
 
 BUDGETS = (1.0, 0.1, 0.01)
-# A network that trains and samples in seconds, for --quick.
+# A network that trains and samples in seconds, for --quick; likelihoods take longer to compile.
 SMALL: dict[str, Any] = {
     "width": 16,
     "channel_mults": (1,),
     "steps": 16,
     "eval_samples": 25,
-    "eval_likelihood": 4,
     "classifier_steps": 20,
     "solver": "ddim",
     "solver_steps": 3,
@@ -39,12 +38,11 @@ SMALL: dict[str, Any] = {
 
 
 class Judged(NamedTuple):
-    """A trained network's figures and samples."""
+    """A trained network's figures, bits per dimension with their standard error, and samples."""
 
     experiment: Experiment
     frechet: float
-    bits: float
-    bits_error: float
+    bits: tuple[float, float] | None
     x: np.ndarray
 
 
@@ -52,7 +50,7 @@ def _experiment(data: datasets.Dataset, **settings: Any) -> Experiment:
     return build(resolve(ScoreConfig(**settings), data.event), data)
 
 
-def _trained(experiment: Experiment, judge: Judge) -> Judged:
+def _trained(experiment: Experiment, judge: Judge, *, quick: bool) -> Judged:
     config, data = experiment.config, experiment.train
     state, step = experiment.state(), experiment.make_step()
     source = datasets.batches(data, config.batch_size, seed=config.seed)(0)
@@ -69,16 +67,14 @@ def _trained(experiment: Experiment, judge: Judge) -> Judged:
         solver=config.solver,
         steps=config.solver_steps,
     )
-    likely = evaluate.likelihood(
-        key_likelihood, experiment, state.ema, experiment.held_out, config.eval_likelihood
-    )
-    return Judged(
-        experiment,
-        evaluate.judged(judge, data, drawn.x)["frechet"]["model_to_data"],
-        likely["bits_per_dim"],
-        likely["bits_per_dim_standard_error"],
-        data.to_unit(data.from_unit(drawn.x)),
-    )
+    bits = None
+    if not quick:
+        likely = evaluate.likelihood(
+            key_likelihood, experiment, state.ema, experiment.held_out, config.eval_likelihood
+        )
+        bits = likely["bits_per_dim"], likely["bits_per_dim_standard_error"]
+    distance = evaluate.judged(judge, data, drawn.x)["frechet"]["model_to_data"]
+    return Judged(experiment, distance, bits, data.to_unit(data.from_unit(drawn.x)))
 
 
 def _width(data: datasets.Dataset, numbers: int, **settings: Any) -> int:
@@ -104,7 +100,8 @@ def pairs(*, quick: bool) -> Iterator[tuple[float, Judged, Judged]]:
         shared = _experiment(data, share=budget, **settings)
         width = _width(data, shared.parameters(), **settings)
         peer = _experiment(data, **{**settings, "width": width})
-        yield budget, _trained(shared, judge), _trained(peer, judge)
+        sides = [_trained(side, judge, quick=quick) for side in (shared, peer)]
+        yield budget, sides[0], sides[1]
 
 
 def results(budget: float, ours: Judged, peer: Judged) -> Iterator[Result]:
@@ -116,14 +113,14 @@ def results(budget: float, ours: Judged, peer: Judged) -> Iterator[Result]:
         f"{sharing.weights:,} weights in {numbers:,} numbers, peer of width {dense.config.width} "
         f"with {dense.parameters():,}; {dense.config.steps} steps, one seed"
     )
-    error = float(np.hypot(ours.bits_error / ours.bits, peer.bits_error / peer.bits))
-    for case, unit, mine, its, relative in (
-        ("frechet", "Frechet distance", ours.frechet, peer.frechet, None),
-        ("bits", "bits per dimension", ours.bits, peer.bits, error),
-    ):
+    cases = [("frechet", "Frechet distance", ours.frechet, peer.frechet, 0.0)]
+    if ours.bits is not None and peer.bits is not None:
+        error = float(np.hypot(ours.bits[1] / ours.bits[0], peer.bits[1] / peer.bits[0]))
+        cases.append(("bits", "bits per dimension", ours.bits[0], peer.bits[0], error))
+    for case, unit, mine, its, relative in cases:
         ratio = its / mine
         # Two standard errors over the held-out digits; a Frechet distance comes with none.
-        width = 0.0 if relative is None else 2 * ratio * relative
+        width = 2 * ratio * relative
         yield Result(
             bench="shared_unet",
             case=f"{case}_{1 / budget:g}x",
