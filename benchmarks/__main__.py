@@ -13,7 +13,8 @@ NAMES = {
     "likelihood": "64 exact likelihoods against scipy.integrate.solve_ivp on the host",
     "hash_matmul": "a layer whose weight lives in a pool against the dense layer",
     "hash_matmul_tpu": "what the compiled TPU kernels need in memory, without a TPU",
-    "sharing": "expand against a stored index; a small network's step in a pool",
+    "shared_unet": "the digits U-Net in pools against smaller dense ones, trained and judged alike",
+    "sharing": "expand and its gradient against a stored index",
 }
 
 

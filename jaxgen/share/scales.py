@@ -25,7 +25,7 @@ def _fan_in_std(preset: str, path: str, shape: tuple[int, ...]) -> float:
     several axes, such as attention has, starts at zero.
     """
     *_, module, name = ["", *path.split("/")]
-    is_embedding = "embed" in path.lower()
+    is_embedding = name == "embedding" or (name == "weight" and "embed" in module.lower())
     if name == "bias" and len(shape) > 1:
         return 0.0
     if preset == "flax" and module in ("query", "key", "value") and len(shape) == 3:

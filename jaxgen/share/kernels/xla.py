@@ -1,8 +1,9 @@
 r"""The product with a shared weight in plain XLA, in two forms.
 
-``expand``: the weight is built, then multiplied. ``loop``: a scan over blocks of rows, each built
-from the doubled pool as one or a few contiguous windows, multiplied and forgotten; the gradient of
-a block is added to the windows that it came from. The loop needs the ``"stable"`` scheme.
+``expand``: the weight is built, then multiplied. ``loop``: a scan over blocks of rows. Each is built
+from the pool, which goes on with its own start, as one or a few contiguous windows, multiplied and
+forgotten; its gradient is added to the windows that it came from. The loop needs the ``"stable"``
+scheme.
 
 With a pool of m slots, entries [s, s + L) of the layout's order lie in one window, in two (a cut
 falls inside) or, for L > m, in several that follow one another.
@@ -87,6 +88,11 @@ class _Blocks:
         """Entries of the layout's order in a block of so many rows."""
         return -(-rows // self.step) * self.step * self.width
 
+    @property
+    def reach(self) -> int:
+        """The longest window: by so many slots the pool goes on after its end."""
+        return min(self.entries(self.rows), self.spec.m)
+
     def starts(self) -> np.ndarray:
         """Where full blocks start, ``(full + 1, 2)``: partition and place in it."""
         length = self.entries(self.rows)
@@ -140,13 +146,13 @@ def _order_block(block: jax.Array, spec: Spec) -> jax.Array:
 
 
 def _read(
-    doubled: jax.Array, spec: Spec, q: jax.Array, t: jax.Array, length: int, windows: int
+    extended: jax.Array, spec: Spec, q: jax.Array, t: jax.Array, length: int, windows: int
 ) -> jax.Array:
     """Entries ``[q m + t, q m + t + length)`` of the layout's order, signed."""
     m = spec.m
 
     def window(q: jax.Array, t: jax.Array, length: int) -> jax.Array:
-        return lax.dynamic_slice(doubled, (_slot(spec, q, t),), (length,))
+        return lax.dynamic_slice(extended, (_slot(spec, q, t),), (length,))
 
     if length <= m:
         flat = window(q, t, length)
@@ -164,7 +170,7 @@ def _read(
 def _add(
     total: jax.Array, flat: jax.Array, spec: Spec, q: jax.Array, t: jax.Array, windows: int
 ) -> jax.Array:
-    """Add entries to the slots that ``_read`` reads, in a doubled accumulator."""
+    """Add entries to the slots that ``_read`` reads, in an accumulator that is as long."""
     m, length = spec.m, flat.shape[0]
     if spec.sign:
         flat = flat * _entry_signs(spec, q, t, length).astype(flat.dtype)
@@ -236,12 +242,12 @@ def forward_loop(x: jax.Array, pool: jax.Array, spec: Spec) -> jax.Array:
     """``(M, K), (m,) -> (M, N)``; the weight is never built."""
     cut = _Blocks(spec)
     wide = arrays.at_least_f32(x.dtype)
-    doubled = jnp.concatenate([pool, pool])
+    extended = jnp.concatenate([pool, pool[: cut.reach]])
 
     def body(
         total: jax.Array, first: jax.Array, q: jax.Array, t: jax.Array, rows: int, windows: int
     ) -> tuple[jax.Array, None]:
-        flat = _read(doubled, spec, q, t, cut.entries(rows), windows)
+        flat = _read(extended, spec, q, t, cut.entries(rows), windows)
         weight = _shape_block(flat, spec, rows).astype(x.dtype)
         part = lax.dynamic_slice_in_dim(x, first, rows, axis=1)
         return total + _dot(part, weight, (1, 0)), None
@@ -257,23 +263,24 @@ def backward_loop(
     """The gradients ``(M, K)`` in x and ``(m,)`` in the pool, of their dtypes."""
     cut = _Blocks(spec)
     wide = arrays.at_least_f32(pool.dtype)
-    doubled = jnp.concatenate([pool, pool])
+    extended = jnp.concatenate([pool, pool[: cut.reach]])
     scale = jnp.asarray(spec.scale, wide)
 
     def body(
         total: jax.Array, first: jax.Array, q: jax.Array, t: jax.Array, rows: int, windows: int
     ) -> tuple[jax.Array, jax.Array]:
-        flat = _read(doubled, spec, q, t, cut.entries(rows), windows)
+        flat = _read(extended, spec, q, t, cut.entries(rows), windows)
         weight = _shape_block(flat, spec, rows).astype(dy.dtype)
         part = lax.dynamic_slice_in_dim(x, first, rows, axis=1)
         dx = (_dot(dy, weight, (1, 1)) * scale).astype(x.dtype)
         dw = _order_block(_dot(part, dy, (0, 0)).astype(wide), spec)
         return _add(total, dw, spec, q, t, windows), dx
 
-    start = arrays.varying_zeros((2 * spec.m,), wide, pool)
+    start = arrays.varying_zeros((spec.m + cut.reach,), wide, pool)
     total, stacked, last = _each_block(spec, start, body)
     parts = [] if last is None else [last]
     if stacked is not None:
         parts.insert(0, stacked.swapaxes(0, 1).reshape(x.shape[0], cut.full * cut.rows))
     dx = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-    return dx, ((total[: spec.m] + total[spec.m :]) * scale).astype(pool.dtype)
+    after = jnp.pad(total[spec.m :], (0, spec.m - cut.reach))
+    return dx, ((total[: spec.m] + after) * scale).astype(pool.dtype)
