@@ -1,9 +1,9 @@
 r"""The product with a shared weight in plain XLA, in two forms.
 
-``expand``: the weight is built, then multiplied. ``loop``: a scan over blocks of rows. Each is built
-from the pool, which goes on with its own start, as one or a few contiguous windows, multiplied and
-forgotten; its gradient is added to the windows that it came from. The loop needs the ``"stable"``
-scheme.
+``expand``: the weight is built, then multiplied. ``loop``: a scan over blocks of rows. Each is
+built from the pool, which goes on with its own start, as one or a few contiguous windows,
+multiplied and forgotten; its gradient is added to the windows that it came from. The loop needs
+the ``"stable"`` scheme.
 
 With a pool of m slots, entries [s, s + L) of the layout's order lie in one window, in two (a cut
 falls inside) or, for L > m, in several that follow one another.
