@@ -29,7 +29,7 @@ class Result:
     peer_name: str
     unit: str
     ratio: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     goal: float | None
     pairs: int
     first_call_ours: float | None
@@ -44,10 +44,13 @@ class Result:
 
     def to_line(self) -> str:
         """One line for a person."""
-        low, high = self.interval
+        between = ""
+        if self.interval is not None:
+            between = " [{:.3f}, {:.3f}]".format(*self.interval)
         goal = ""
         if self.goal is not None:
-            met = "met" if high >= self.goal else "MISSED"
+            best = self.ratio if self.interval is None else self.interval[1]
+            met = "met" if best >= self.goal else "MISSED"
             goal = f", goal {self.goal:g} {met}"
         first = ""
         if self.first_call_ours is not None and self.first_call_peer is not None:
@@ -57,8 +60,8 @@ class Result:
         note = f" ({self.note})" if self.note else ""
         return (
             f"{self.bench}/{self.case}: {self.ours:.4g} {self.unit} against {self.peer:.4g} "
-            f"{self.unit} of {self.peer_name}, ratio {self.ratio:.3f} "
-            f"[{low:.3f}, {high:.3f}]{goal}{first}{note}"
+            f"{self.unit} of {self.peer_name}, ratio {self.ratio:.3f}{between}"
+            f"{goal}{first}{note}"
         )
 
 

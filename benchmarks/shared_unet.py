@@ -113,14 +113,14 @@ def results(budget: float, ours: Judged, peer: Judged) -> Iterator[Result]:
         f"{sharing.weights:,} weights in {numbers:,} numbers, peer of width {dense.config.width} "
         f"with {dense.parameters():,}; {dense.config.steps} steps, one seed"
     )
-    cases = [("frechet", "Frechet distance", ours.frechet, peer.frechet, 0.0)]
+    cases: list[Any] = [("frechet", "Frechet distance", ours.frechet, peer.frechet, None)]
     if ours.bits is not None and peer.bits is not None:
         error = float(np.hypot(ours.bits[1] / ours.bits[0], peer.bits[1] / peer.bits[0]))
         cases.append(("bits", "bits per dimension", ours.bits[0], peer.bits[0], error))
     for case, unit, mine, its, relative in cases:
         ratio = its / mine
         # Two standard errors over the held-out digits; a Frechet distance comes with none.
-        width = 2 * ratio * relative
+        width = None if relative is None else 2 * ratio * relative
         yield Result(
             bench="shared_unet",
             case=f"{case}_{1 / budget:g}x",
@@ -129,7 +129,7 @@ def results(budget: float, ours: Judged, peer: Judged) -> Iterator[Result]:
             peer_name="the dense U-Net of that size",
             unit=unit,
             ratio=ratio,
-            interval=(ratio - width, ratio + width),
+            interval=None if width is None else (ratio - width, ratio + width),
             goal=None,
             pairs=1,
             first_call_ours=None,

@@ -34,7 +34,7 @@ def run(*, quick: bool) -> Iterator[Result]:
         for name, key in zip(shapes, keys, strict=True)
     }
     for scheme in ("stable", "roast", "hashednet"):
-        for compression in (16,) if quick else (4, 64, 1024):
+        for compression in (16,) if quick else (4, 10, 64, 1024):
             layout = share.plan(shapes, 1 / compression, scheme=scheme, scale=scales)
             pool = share.init(jax.random.key(1), layout).pool
             table = _table(layout)

@@ -37,8 +37,8 @@ SYSTEMS = (
         "variance 0.260 with a corrector against 0.273 without at 100 evaluations, truth 0.250",
     ),
     System(
-        "STABLE-RPS: in defense of parameter sharing for model-compression (arXiv 2310.11611), with "
-        "ROAST, HashedNets and pruning",
+        "STABLE-RPS: in defense of parameter sharing for model-compression (arXiv 2310.11611), "
+        "with ROAST, HashedNets and pruning",
         ("share", "prune", "nets/budget.py", "train/recipes/sharing.py"),
         "tests/claims/test_stable_rps.py",
         "digits in 1/1000 of 84,480 weights: 89.3 % against 81.9 % for rewinding and 47.1 % for "

@@ -106,9 +106,14 @@ def _gather(pool: jax.Array, doubled: jax.Array, spec: Spec) -> jax.Array:
     if q0 == q1:
         parts = [lax.slice(doubled, (s,), (s + k,)) for s, k in before]
         return _made(lax.optimization_barrier(jnp.concatenate(parts)), spec)
-    # Whole windows written in place, one after the other: on a CPU a concatenation, or a gather of
-    # windows, compiles to a loop over single entries, several times as slow. The parts at the ends
-    # come first, as whole windows too; the full partitions then write over what they have too much.
+    if not before and not after:
+        starts = _full_starts(spec, q0, q1)
+        rows = jax.vmap(lambda s: lax.dynamic_slice(doubled, (s,), (spec.m,)))(starts)
+        return _made(rows.reshape(-1), spec)
+    # Whole windows written in place, one after the other: on a CPU a part of a concatenation or of
+    # a gather of windows compiles to a loop over single entries, several times as slow. The parts
+    # at the ends come first, as whole windows too; the full partitions then write over what they
+    # have too much.
     m, head = spec.m, sum(length for _, length in before)
     ends = [((start + length) % m, spec.padded - m) for start, length in after]
     ends += [(start, 0) for start, _ in before]
