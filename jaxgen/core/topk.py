@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxgen.core.arrays import at_least_f32
@@ -18,6 +19,8 @@ def count_kept(name: str, keep: int | float, n: int) -> int:
       ValueError: a share outside (0, 1], or a count below 1 or above ``n``.
       TypeError: neither an int nor a float.
     """
+    if isinstance(keep, np.integer | np.floating):
+        keep = keep.item()
     if isinstance(keep, bool) or not isinstance(keep, int | float):
         raise TypeError(f"{name} is {keep!r}; expected a count (int) or a share (float)")
     if isinstance(keep, float):

@@ -38,6 +38,12 @@ class Selected:
         with_path, self._structure = jax.tree_util.tree_flatten_with_path(tree)
         self._all = [leaf for _, leaf in with_path]
         names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in with_path]
+        for name, leaf in zip(names, self._all, strict=True):
+            if not isinstance(leaf, int | float | complex) and not hasattr(leaf, "dtype"):
+                raise TypeError(
+                    f"{name or 'the tree'} is {type(leaf).__name__}; expected an array: partition "
+                    "other leaves out (equinox.partition)"
+                )
         pairs = zip(names, self._all, strict=True)
         self._at = [i for i, (name, leaf) in enumerate(pairs) if select(name, leaf)]
         if not self._at:

@@ -82,13 +82,18 @@ def _hashed_slots(spec: Spec, place: jax.Array) -> jax.Array:
     return (h % np.uint32(spec.m - size + 1) + place % np.uint32(size)).astype(jnp.int32)
 
 
-def _gather(pool: jax.Array, doubled: jax.Array, spec: Spec) -> jax.Array:
-    """The weights of a leaf, in its order: ``(padded,)``."""
+def _check_size(spec: Spec) -> None:
+    # Places in a leaf are int32.
     if spec.padded >= 2**31:
         raise NotImplementedError(
             f"{spec.path} has {spec.padded} weights, more than are built at once; look them up by "
             "slots, or multiply by hashed_matmul"
         )
+
+
+def _gather(pool: jax.Array, doubled: jax.Array, spec: Spec) -> jax.Array:
+    """The weights of a leaf, in its order: ``(padded,)``."""
+    _check_size(spec)
     if spec.scheme != "stable":
         at = _hashed_slots(spec, lax.iota(jnp.uint32, spec.padded))
         return _made(pool.at[at].get(mode="promise_in_bounds"), spec)
@@ -135,25 +140,46 @@ def _gather(pool: jax.Array, doubled: jax.Array, spec: Spec) -> jax.Array:
     return lax.fori_loop(0, len(ends) + q1 - q0, body, out)
 
 
-def _scatter(total: jax.Array, flat: jax.Array, spec: Spec) -> jax.Array:
-    """Add what a leaf's entries weigh to their slots in ``total``: ``(2m,)`` under ``"stable"``."""
+def _ones(spec: Spec, at: Any, length: int, dtype: np.dtype) -> jax.Array:
+    """One for each weight from place ``at`` on, zero for padding."""
+    place = jnp.asarray(at, jnp.int32) + lax.iota(jnp.int32, length)
+    if spec.tile is None:
+        return (place < spec.padded).astype(dtype)
+    (_, across), (bk, bn), (k, n) = spec.grid, spec.tile, spec.matrix
+    chunk, within = place // (bk * bn), place % (bk * bn)
+    row = chunk // across * bk + within // bn
+    column = chunk % across * bn + within % bn
+    return ((row < k) & (column < n)).astype(dtype)
+
+
+def _scatter(total: jax.Array, flat: jax.Array | None, spec: Spec) -> jax.Array:
+    """Add what a leaf's entries weigh to their slots in ``total``: ``(2m,)`` under ``"stable"``.
+
+    Entries ``None`` are ones, which are not built.
+    """
     wide = total.dtype
     if spec.scheme != "stable":
         block = min(_BLOCK, spec.padded)
         count = -(-spec.padded // block)
-        blocks = jnp.pad(flat, (0, count * block - flat.size)).reshape(-1, block)
+        blocks = None
+        if flat is not None:
+            blocks = jnp.pad(flat, (0, count * block - flat.size)).reshape(-1, block)
 
-        def add_block(total: jax.Array, xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        def add_block(total: jax.Array, xs: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
             first = xs[0] * np.uint32(block)
             at = total.at[_hashed_slots(spec, first + lax.iota(jnp.uint32, block))]
-            return at.add(_made(xs[1].astype(wide), spec, first), mode="promise_in_bounds"), None
+            entries = _ones(spec, first, block, wide) if xs[1] is None else xs[1].astype(wide)
+            return at.add(_made(entries, spec, first), mode="promise_in_bounds"), None
 
         return lax.scan(add_block, total, (lax.iota(jnp.uint32, count), blocks))[0]
 
     def add(total: jax.Array, start: Any, length: int, at: Any) -> jax.Array:
-        values = _made(lax.dynamic_slice(flat, (at,), (length,)).astype(wide), spec, at)
+        if flat is None:
+            entries = _ones(spec, at, length, wide)
+        else:
+            entries = lax.dynamic_slice(flat, (at,), (length,)).astype(wide)
         old = lax.dynamic_slice(total, (start,), (length,))
-        return lax.dynamic_update_slice(total, old + values, (start,))
+        return lax.dynamic_update_slice(total, old + _made(entries, spec, at), (start,))
 
     before, (q0, q1), after = _split(spec)
     at = 0
@@ -331,8 +357,10 @@ def expand(shared: Shared, layout: Layout) -> Any:
       leaves have the pool's dtype.
 
     Raises:
-      ValueError: the pool is not ``(m,)``, or the rest does not fit.
-      TypeError: the pool's dtype is not floating.
+      ValueError: the pool is not ``(m,)``, the rest does not fit, or names of a layout without
+        structure make no dicts.
+      TypeError: ``shared`` is no ``Shared``, or the pool's dtype is not floating.
+      NotImplementedError: a leaf of 2^31 weights or more.
 
     Source: Desai and Shrivastava (2024); HashedNets and ROAST for their schemes.
 
@@ -343,6 +371,10 @@ def expand(shared: Shared, layout: Layout) -> Any:
       >>> bool(jnp.allclose(expand(compress(params, layout), layout)["w"], params["w"]))
       True
     """
+    if not hasattr(shared, "pool") or not hasattr(shared, "rest"):
+        raise TypeError(
+            f"shared is {type(shared).__name__}; expected Shared(pool, rest), from init or compress"
+        )
     pool = check_pool(shared.pool, layout.m)
     named = dict(_check_rest(shared.rest, layout))
     leaves = _expand(pool, layout.leaves)
@@ -351,6 +383,8 @@ def expand(shared: Shared, layout: Layout) -> Any:
         return jax.tree.unflatten(layout.structure, [named[name] for name in layout.order])
     tree: dict[str, Any] = {}
     for name in layout.order:
+        if any(other.startswith(name + "/") for other in layout.order):
+            raise ValueError(f"{name} is a leaf and a folder; read the layout with like=")
         *folders, last = name.split("/")
         functools.reduce(lambda at, folder: at.setdefault(folder, {}), folders, tree)[last] = named[
             name
@@ -372,10 +406,17 @@ def expand_leaf(pool: ArrayLike, spec: Spec) -> jax.Array:
     return _expand(check_pool(pool, spec.m), (spec,))[0]
 
 
-def fold(leaves: list[jax.Array], specs: tuple[Spec, ...], of: Callable[[float], float]) -> Any:
-    """Per slot the sum of ``of(lambda)`` times the entries, signs left out: ``(m,)``."""
-    plain = tuple(dataclasses.replace(s, scale=of(s.scale), sign=False) for s in specs)
-    return apply_transpose(tuple(leaves), plain, arrays.at_least_f32(leaves[0].dtype))
+def fold(
+    specs: tuple[Spec, ...], of: Callable[[float], float], dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+    """Per slot the sum of ``of(lambda)`` over its weights: ``(m,)``, summed in ``dtype``."""
+    m = specs[0].m
+    total = jnp.zeros(2 * m if specs[0].scheme == "stable" else m, dtype)
+    for spec in specs:
+        _check_size(spec)
+        plain = dataclasses.replace(spec, scale=of(spec.scale), sign=False)
+        total = _scatter(total, None, plain)
+    return total[:m] + total[m:] if specs[0].scheme == "stable" else total
 
 
 def compress(params: Any, layout: Layout) -> Shared:
@@ -399,6 +440,7 @@ def compress(params: Any, layout: Layout) -> Shared:
     """
     named = named_leaves(params)
     for spec in layout.leaves:
+        _check_size(spec)
         if spec.path not in named:
             raise ValueError(f"params lack {spec.path}, which the layout shares")
         entry = named[spec.path]
@@ -415,12 +457,12 @@ def _compress(leaves: tuple[jax.Array, ...], specs: tuple[Spec, ...]) -> jax.Arr
     dtype = jnp.result_type(*leaves)
     wide = arrays.at_least_f32(dtype)
     projected = apply_transpose(leaves, specs, wide)
-    weight = fold([jnp.ones(s.shape, wide) for s in specs], specs, lambda lam: lam * lam)
+    weight = fold(specs, lambda lam: lam * lam, wide)
     return jnp.where(weight > 0, projected / jnp.where(weight > 0, weight, 1), 0).astype(dtype)
 
 
 def slots(spec: Spec, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Slot and sign of single weights, for lookups that need a few.
+    """Slot and sign of single weights of a leaf of at most 2^32, for lookups that need a few.
 
     Args:
       spec: from ``leaf``.

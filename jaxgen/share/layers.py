@@ -119,6 +119,8 @@ class HashedEmbed(nn.Module):
         """Plan the table and make its pool."""
         std = self.features**-0.5
         self.spec = _layer_spec(self, "table", (self.num_embeddings, self.features), std, None)
+        if self.spec.size > 2**32:
+            raise ValueError(f"the table has {self.spec.size} entries; expected at most 2^32")
         self.pool = _pool(self, self.spec, std, self.param_dtype)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -131,8 +133,11 @@ class HashedEmbed(nn.Module):
         Raises:
             TypeError: ``ids`` is not of an integer dtype.
         """
+        ids = jnp.asarray(ids)
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise TypeError(f"ids has dtype {ids.dtype}; expected integers")
+        # Narrow integers would wrap what they are compared with.
+        ids = ids.astype(jnp.promote_types(ids.dtype, jnp.int32))
         is_row = (ids >= 0) & (ids < self.num_embeddings)
         first = jnp.where(is_row, ids, 0).astype(jnp.uint32) * jnp.uint32(self.features)
         within = jnp.arange(self.features, dtype=jnp.uint32).reshape((1,) * ids.ndim + (-1,))

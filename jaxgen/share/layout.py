@@ -168,8 +168,14 @@ class Layout:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits: equal exactly when every weight is made from the same slot."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+        """16 hexadecimal digits: equal where every weight is made from the same slot.
+
+        Scales and the names and shapes of what passes through count too, the reasons for it do not.
+        """
+        data = json.loads(self.to_json())
+        data["kept"] = [entry[:3] for entry in data["kept"]]
+        text = json.dumps(data, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Layout) or self.fingerprint != other.fingerprint:
@@ -207,7 +213,7 @@ class Layout:
         Args:
           text: what ``to_json`` gave.
           like: a pytree (arrays or shapes) with the structure of the parameters; without it
-            ``expand`` gives nested dicts by name, as Flax's parameters are.
+            ``expand`` gives nested dicts by name, as Flax's parameters are and Haiku's are not.
 
         Raises:
           ValueError: no layout, a layout of another format, or ``like`` has other leaves.
@@ -312,7 +318,8 @@ def plan(
       other: whether integer and complex leaves ``"pass"`` through or are an ``"error"``.
       scale: the standard deviations C that leaves start with: ``"std"`` measures them, ``"flax"``,
         ``"equinox"`` and ``"torch"`` are the defaults of those libraries by fan-in, a function
-        ``f(path, leaf)``, or a mapping by path. ``None`` measures arrays (a constant leaf passes
+        ``f(path, leaf)``, or a mapping by path (give these for layers stacked by ``nn.scan``, whose
+        axis looks like fan-in). ``None`` measures arrays (a constant leaf passes
         through) and takes ``"flax"`` for shapes.
       pool_std: standard deviation of a new pool.
       sign: give each weight a hashed sign.
@@ -334,6 +341,7 @@ def plan(
       >>> plan(shapes, 0.25).m
       512
     """
+    budget = budget.item() if isinstance(budget, np.generic) else budget
     one_of("scheme", scheme, _SCHEMES)
     one_of("count", count, ("selected", "all"))
     one_of("other", other, ("pass", "error"))

@@ -50,7 +50,7 @@ def hashed_matmul(
       spec: a leaf of shape ``(K, N)``, from ``leaf``.
       implementation: a name of the module, or several, tried in order; ``None`` takes
         ``"mosaic_tpu"`` on a TPU where it serves the leaf, else ``"xla"``. ``"mosaic_gpu"`` is
-        compiled and interpreted in tests, but no GPU has run it yet, so it must be asked for.
+        lowered for CUDA and interpreted in tests; no GPU has run it yet, so it must be asked for.
 
     Returns:
       ``(*batch, N)`` in ``x``'s dtype.

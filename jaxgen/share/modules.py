@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -24,7 +25,7 @@ class SharedModule(nn.Module):
 
     Its one parameter, ``shared``, is a ``Shared``; other collections (batch statistics) keep their
     place under the module's own names. Scales come from ``plan`` on shapes (Flax's defaults),
-    unless ``options`` has a ``scale``.
+    unless ``options`` has a ``scale``. What the module sows is not passed on.
 
     Attributes:
         module: the module that is wrapped.
@@ -47,7 +48,7 @@ class SharedModule(nn.Module):
         """The layout, from the arguments of a call: what ``scale_by_pool`` takes."""
         inner = self.module.clone(parent=None, name=None)
         shapes = jax.eval_shape(lambda: inner.init(jax.random.key(0), *args, **kwargs))
-        return plan(shapes["params"], self.budget, **self.options)
+        return plan(shapes.get("params", {}), self.budget, **self.options)
 
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,12 +83,13 @@ class SharedModule(nn.Module):
         variables = {"params": expand(shared, layout), **{k: v.value for k, v in others.items()}}
         mutable = [name for name in others if self.is_mutable_collection(name)]
         streams = self.scope.rngs if self.scope is not None else {}
-        rngs = {name: self.make_rng(name) for name in streams if name != "params"}
-        if self.is_initializing() or not mutable:
+        rngs = {name: self.make_rng(name) for name in streams}
+        if not mutable:
             return inner.apply(variables, *args, rngs=rngs, **kwargs)
         out, new = inner.apply(variables, *args, rngs=rngs, mutable=mutable, **kwargs)
-        for name in mutable:
-            others[name].value = new[name]
+        if not self.is_initializing():
+            for name in mutable:
+                others[name].value = new[name]
         return out
 
 
@@ -97,7 +99,7 @@ class SharedNNX(nnx.Module):
     Attributes:
         pool: an ``nnx.Param``, ``(m,)``.
         rest: the ``nnx.Param``s that pass through, by name.
-        others: the wrapped module's other state.
+        module: the wrapped module with its other state, a scalar zero for each parameter.
         layout: static.
 
     Args:
@@ -116,20 +118,22 @@ class SharedNNX(nnx.Module):
     def __init__(self, module: nnx.Module, budget: int | float, *, rngs: nnx.Rngs, **options: Any):
         graph, state, others = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
         params = nnx.to_pure_dict(state)
-        self.graph = nnx.static(graph)
         self.layout = nnx.static(plan(params, budget, **options))
         shared = init(rngs.params(), self.layout, params)
         self.pool = nnx.Param(shared.pool)
         self.rest = nnx.data({name: nnx.Param(value) for name, value in shared.rest.items()})
-        self.others = nnx.data(others)
+        # A submodule, so that train(), eval() and set_attributes reach it, without its weights.
+        hollow = jax.tree.map(lambda x: jnp.zeros((), x.dtype), state)
+        self.module = nnx.merge(graph, hollow, others, copy=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the wrapped module; what it changes of its other state is kept."""
         rest = {name: value.get_value() for name, value in self.rest.items()}
         params = expand(Shared(self.pool.get_value(), rest), self.layout)
-        module = nnx.merge(self.graph, nnx.State(params), self.others)
+        graph, _, others = nnx.split(self.module, nnx.Param, ...)  # type: ignore[misc]
+        module = nnx.merge(graph, nnx.State(params), others)
         out = module(*args, **kwargs)
-        nnx.update(self.others, nnx.state(module, nnx.Not(nnx.Param)))
+        nnx.update(self.module, nnx.state(module, nnx.Not(nnx.Param)))
         return out
 
 
@@ -176,7 +180,8 @@ def share_callable(
       options: keyword arguments of ``plan``.
 
     Raises:
-      ValueError, TypeError: as ``plan`` and ``init``.
+      TypeError: ``model`` is not callable, or as ``plan`` and ``init``.
+      ValueError: as ``plan`` and ``init``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -185,6 +190,8 @@ def share_callable(
       >>> shared(jnp.ones((2, 4))).shape, shared.shared.pool.shape
       ((2, 3), (6,))
     """
+    if not callable(model):
+        raise TypeError(f"model is {type(model).__name__}; expected a callable pytree")
     pairs, structure = jax.tree_util.tree_flatten_with_path(model)
     names = tuple(jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in pairs)
     is_array = [isinstance(x, jax.Array | np.ndarray) for _, x in pairs]

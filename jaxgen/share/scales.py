@@ -21,12 +21,15 @@ def _fan_in_std(preset: str, path: str, shape: tuple[int, ...]) -> float:
 
     Flax keeps kernels as ``(*window, in, out)`` and draws them with variance 1 / fan-in, and
     embeddings with 1 / features; Equinox and torch keep ``(out, in, *window)``, drawn uniformly
-    with half-width ``fan_in ** -0.5``, and embeddings as standard normals. A bias of
-    several axes, such as attention has, starts at zero.
+    with half-width ``fan_in ** -0.5``, and embeddings as standard normals. A bias or scale
+    of several axes, such as attention or stacked layers have, starts constant.
     """
-    *_, module, name = ["", *path.split("/")]
+    parts = path.split("/")
+    # Boxed parameters, as Flax's Partitioned and NNX's State have them.
+    parts = parts[:-1] if len(parts) > 1 and parts[-1] == "value" else parts
+    *_, module, name = ["", *parts]
     is_embedding = name == "embedding" or (name == "weight" and "embed" in module.lower())
-    if name == "bias" and len(shape) > 1:
+    if name in ("bias", "scale") and len(shape) > 1:
         return 0.0
     if preset == "flax" and module in ("query", "key", "value") and len(shape) == 3:
         # Attention keeps (in, heads, features) and draws it as (in, heads * features).

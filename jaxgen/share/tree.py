@@ -77,7 +77,7 @@ def pool_scale(layout: Layout, mode: str = "v5") -> jax.Array:
     specs = layout.leaves
 
     def total(of: Callable[[float], float]) -> jax.Array:
-        return fold([jnp.ones(spec.shape, jnp.float32) for spec in specs], specs, of)
+        return fold(specs, of)
 
     if mode in ("v2", "v4", "v5"):
         out = total((lambda lam: lam) if mode == "v2" else (lambda lam: lam * lam))

@@ -232,3 +232,8 @@ def test_rewinding_with_diverged_weights():
     mask, params = jax.jit(find)(start)
     assert int(mask["w"].sum()) == 5 and not mask["w"][10:].any()
     assert np.isnan(params["w"]).all(where=np.asarray(mask["w"]))
+
+
+def test_a_leaf_that_is_no_array_is_named():
+    with pytest.raises(TypeError, match="act is function; expected an array: partition"):
+        prune.magnitude({"act": lambda x: x, "w": jnp.ones((2, 2))}, 1)

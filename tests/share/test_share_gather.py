@@ -560,3 +560,16 @@ def test_a_leaf_too_large_to_build_says_so():
     layout = share.plan({"w": shape(2**16, 2**15)}, 100)
     with pytest.raises(NotImplementedError, match="w has 2147483648 weights, more than are built"):
         share.expand(share.init(jax.random.key(0), layout), layout)
+
+
+def test_what_cannot_be_expanded_is_named():
+    layout = share.plan({"a": shape(4, 3)}, 5)
+    with pytest.raises(TypeError, match=r"shared is dict; expected Shared\(pool, rest\)"):
+        share.expand({"a": jnp.ones((4, 3))}, layout)
+    clash = share.plan({"a": shape(4, 3), "a/b": shape(4, 3)}, 5)
+    bare = share.Layout.from_json(clash.to_json())
+    with pytest.raises(ValueError, match="a is a leaf and a folder; read the layout with like="):
+        share.expand(share.init(jax.random.key(0), bare), bare)
+    large = share.plan({"w": shape(2**16, 2**15)}, 100)
+    with pytest.raises(NotImplementedError, match="w has 2147483648 weights"):
+        share.pool_scale(large)

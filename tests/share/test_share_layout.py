@@ -268,6 +268,13 @@ def test_presets_are_the_libraries_own():
     )
 
 
+def test_presets_see_through_boxes_and_stacks():
+    tree = {"embedding": {"value": shape(100, 16)}, "norm": {"scale": shape(4, 16)}}
+    layout = share.plan(tree, 0.1, scale="flax")
+    assert stds(layout) == pytest.approx({"embedding/value": 16**-0.5})
+    assert [(k.path, k.reason) for k in layout.kept] == [("norm/scale", "constant")]
+
+
 def test_scales_may_be_given():
     tree = {"a": {"w": shape(4, 4)}, "b": shape(2, 3)}
     by_name = share.plan(tree, 5, scale={"a/w": 0.5, "b": 2.0}, pool_std=0.25)
@@ -336,6 +343,9 @@ def test_the_fingerprint_tells_layouts_apart():
     # The same leaves in another structure: the same pool, another pytree.
     tupled = make({**TREE, "out": tuple(TREE["out"])})
     assert tupled.fingerprint == base.fingerprint and tupled != base
+    # Why a leaf passes through is for people, and may be worded anew.
+    reworded = [dataclasses.replace(kept, reason="other words") for kept in base.kept]
+    assert dataclasses.replace(base, kept=tuple(reworded)).fingerprint == base.fingerprint
     assert base != "layout"
 
 

@@ -140,6 +140,13 @@ def test_a_linen_module_trains(linen):
     assert max(leaf.size for leaf in jax.tree.leaves((params, stats, state))) == layout.m
 
 
+def test_a_linen_module_may_be_initialised_in_training_mode():
+    shared_net = share.SharedModule(Net(), 0.25)
+    key = jax.random.key(0)
+    for rngs in (key, {"params": key, "dropout": key}):
+        close(shared_net.init(rngs, X, train=True), shared_net.init(key, X))
+
+
 # --- NNX --------------------------------------------------------------------------------------
 
 
@@ -179,7 +186,23 @@ def test_an_nnx_module_is_the_module_of_the_expanded_parameters():
         lambda s: (plain(s, X), jax.grad(lambda s: (plain(s, X) ** 2).sum())(s))
     )(shared)
     close(y, y_plain)
-    close(nnx.to_pure_dict(grad), {"pool": grad_plain.pool, "rest": grad_plain.rest})
+    found = nnx.to_pure_dict(grad)
+    close(
+        {k: found[k] for k in ("pool", "rest")}, {"pool": grad_plain.pool, "rest": grad_plain.rest}
+    )
+    # The wrapped module keeps a scalar for each parameter, which nothing depends on.
+    assert all(leaf.shape == () and leaf == 0 for leaf in jax.tree.leaves(found["module"]))
+
+
+def test_an_nnx_module_is_switched_between_training_and_evaluation():
+    net = share.SharedNNX(nnx_net(), 0.25, rngs=nnx.Rngs(1))
+    assert not np.array_equal(net(X), net(X)), "dropout is on"
+    net.eval()
+    before = nnx.to_pure_dict(nnx.state(net, nnx.BatchStat))
+    np.testing.assert_array_equal(net(X), net(X))
+    close(nnx.to_pure_dict(nnx.state(net, nnx.BatchStat)), before)
+    net.train()
+    assert not np.array_equal(net(X), net(X))
 
 
 def test_an_nnx_module_trains_and_keeps_its_statistics():
@@ -194,7 +217,7 @@ def test_an_nnx_module_trains_and_keeps_its_statistics():
         return value
 
     def statistics():
-        return nnx.to_pure_dict(nnx.state(net, nnx.BatchStat))["others"]["layers"][1]
+        return nnx.to_pure_dict(nnx.state(net, nnx.BatchStat))["module"]["layers"][1]
 
     before = statistics()
     keys = [nnx.to_pure_dict(nnx.state(net, nnx.RngCount))]
@@ -349,8 +372,19 @@ def test_embedding(scheme):
     assert np.all(np.isnan(rows[1, 1:]))
     query = jax.random.normal(jax.random.key(1), (2, 16))
     close(layer.apply(variables, query, method="attend"), np.asarray(query) @ table.T)
+    # An index of eight bits, which the number of rows does not fit.
+    wide = share.HashedEmbed(300, 16, budget=200, scheme=scheme)
+    np.testing.assert_array_equal(
+        wide.apply(variables, jnp.uint8([0, 255])), wide.apply(variables, jnp.array([0, 255]))
+    )
     with pytest.raises(TypeError, match="ids has dtype float32; expected integers"):
         layer.apply(variables, query)
+
+
+def test_a_table_past_the_words_of_the_hash_is_refused():
+    layer = share.HashedEmbed(2**24, 2**9, budget=100)
+    with pytest.raises(ValueError, match="the table has 8589934592 entries; expected at most 2"):
+        jax.eval_shape(layer.init, jax.random.key(0), jnp.array([1]))
 
 
 def test_embedding_gradient_reaches_the_rows_that_were_looked_up():

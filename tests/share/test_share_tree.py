@@ -244,3 +244,15 @@ def test_bad_input_is_named():
             rule.init(tree)
         with pytest.raises(ValueError, match=expected + found):
             rule.update(tree, state)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scheme": "hashednet"}, {"scheme": "roast"}, {"tile": (8, 128)}]
+)
+def test_the_divisor_is_found_without_an_array_of_the_weights_size(options):
+    shapes = {"w": jax.ShapeDtypeStruct((2047, 1000), jnp.float32)}
+    layout = share.plan(shapes, 2**13, **options)
+    program = jax.jit(lambda: share.pool_scale(layout, "v5")).lower().compile()
+    assert program.memory_analysis().temp_size_in_bytes < layout.n
+    count = share.pool_scale(layout, "v5") / layout.leaves[0].scale ** 2
+    assert float(jnp.sum(count)) == pytest.approx(layout.n, rel=1e-5), "padding is not counted"
