@@ -114,8 +114,8 @@ def _within(w: jax.Array, axis: int, left: Any) -> jax.Array:
 
 def _multiply(total: Any, a: Any, b: Any, transposed: str | None) -> None:
     """Add ``a @ b`` to ``total``, one of them transposed."""
-    a = plgpu.transpose_ref(a, (1, 0)) if transposed == "a" else a
-    b = plgpu.transpose_ref(b, (1, 0)) if transposed == "b" else b
+    a = a.transpose((1, 0)) if transposed == "a" else a
+    b = b.transpose((1, 0)) if transposed == "b" else b
     plgpu.wgmma(total, a, b)
     plgpu.wgmma_wait(0)
 
