@@ -3,8 +3,8 @@ r"""From a pool to the weights and back: theta = A psi, A^T, and the least-squar
 A has one entry lambda g per row, so it is never stored: the slots are computed. ``"stable"`` moves
 whole windows. With the pool written twice in a row, partition q is the contiguous window that
 starts at u(q), and A^T adds each partition's gradient to the window that it came from: a fixed
-order of sums, no atomics, no index. ``"roast"`` moves one window a chunk, ``"hashednet"`` computes
-the slots of a block of weights at a time.
+order of sums, no atomics, no index. ``"roast"`` and ``"hashednet"`` compute the slot of each weight
+where it is read, and on the way back for a block of weights at a time.
 
 Left out: forward-mode derivatives in the pool (reverse mode works to any order).
 """
@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -86,8 +86,8 @@ def _check_size(spec: Spec) -> None:
     # Places in a leaf are int32.
     if spec.padded >= 2**31:
         raise NotImplementedError(
-            f"{spec.path} has {spec.padded} weights, more than are built at once; look them up by "
-            "slots, or multiply by hashed_matmul"
+            f"{spec.path} has {spec.padded} weights, more than are built at once; expected less "
+            "than 2^31: look them up by slots, or multiply by hashed_matmul"
         )
 
 
@@ -122,15 +122,9 @@ def _gather(pool: jax.Array, doubled: jax.Array, spec: Spec) -> jax.Array:
     m, head = spec.m, sum(length for _, length in before)
     ends = [((start + length) % m, spec.padded - m) for start, length in after]
     ends += [(start, 0) for start, _ in before]
-    starts = jnp.concatenate(
-        [jnp.array([s for s, _ in ends], jnp.int32), _full_starts(spec, q0, q1)]
-    )
-    places = jnp.concatenate(
-        [
-            jnp.array([at for _, at in ends], jnp.int32),
-            head + m * lax.iota(jnp.int32, q1 - q0),
-        ]
-    )
+    end_starts, end_places = jnp.array(ends, jnp.int32).T
+    starts = jnp.concatenate([end_starts, _full_starts(spec, q0, q1)])
+    places = jnp.concatenate([end_places, head + m * lax.iota(jnp.int32, q1 - q0)])
 
     def body(i: jax.Array, out: jax.Array) -> jax.Array:
         window = lax.dynamic_slice(doubled, (starts[i],), (m,))
@@ -238,15 +232,20 @@ def apply_transpose(
     leaves: tuple[jax.Array, ...], specs: tuple[Spec, ...], dtype: np.dtype
 ) -> jax.Array:
     """A^T theta, summed in float32 or wider."""
-    wide = arrays.at_least_f32(dtype)
-    m = specs[0].m
-    length = 2 * m if specs[0].scheme == "stable" else m
-    total = arrays.varying_zeros((length,), wide, *leaves)
-    for leaf, spec in zip(leaves, specs, strict=True):
-        total = _scatter(total, _to_order(leaf, spec), spec)
-    if length > m:
-        total = total[:m] + total[m:]
-    return total.astype(dtype)
+    flats = [_to_order(leaf, spec) for leaf, spec in zip(leaves, specs, strict=True)]
+    return _summed(flats, specs, arrays.at_least_f32(dtype)).astype(dtype)
+
+
+def _summed(
+    flats: Sequence[jax.Array | None], specs: tuple[Spec, ...], dtype: DTypeLike
+) -> jax.Array:
+    """Per slot the sum of what the leaves' entries weigh, ``None`` for ones: ``(m,)``."""
+    m, is_doubled = specs[0].m, specs[0].scheme == "stable"
+    like = [flat for flat in flats if flat is not None]
+    total = arrays.varying_zeros((2 * m if is_doubled else m,), dtype, *like)
+    for flat, spec in zip(flats, specs, strict=True):
+        total = _scatter(total, flat, spec)
+    return total[:m] + total[m:] if is_doubled else total
 
 
 def _map_fwd(pool: jax.Array, specs: tuple[Spec, ...]) -> tuple[tuple[jax.Array, ...], Any]:
@@ -376,7 +375,7 @@ def expand(shared: Shared, layout: Layout) -> Any:
             f"shared is {type(shared).__name__}; expected Shared(pool, rest), from init or compress"
         )
     pool = check_pool(shared.pool, layout.m)
-    named = dict(_check_rest(shared.rest, layout))
+    named = _check_rest(shared.rest, layout)
     leaves = _expand(pool, layout.leaves)
     named.update({spec.path: x for spec, x in zip(layout.leaves, leaves, strict=True)})
     if layout.structure is not None:
@@ -410,13 +409,10 @@ def fold(
     specs: tuple[Spec, ...], of: Callable[[float], float], dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
     """Per slot the sum of ``of(lambda)`` over its weights: ``(m,)``, summed in ``dtype``."""
-    m = specs[0].m
-    total = jnp.zeros(2 * m if specs[0].scheme == "stable" else m, dtype)
     for spec in specs:
         _check_size(spec)
-        plain = dataclasses.replace(spec, scale=of(spec.scale), sign=False)
-        total = _scatter(total, None, plain)
-    return total[:m] + total[m:] if specs[0].scheme == "stable" else total
+    plain = tuple(dataclasses.replace(s, scale=of(s.scale), sign=False) for s in specs)
+    return _summed([None] * len(specs), plain, dtype)
 
 
 def compress(params: Any, layout: Layout) -> Shared:
@@ -447,7 +443,9 @@ def compress(params: Any, layout: Layout) -> Shared:
         if jnp.shape(entry) != spec.shape:
             raise ValueError(f"{spec.path} has shape {jnp.shape(entry)}; expected {spec.shape}")
         if not jnp.issubdtype(jnp.result_type(entry), jnp.floating):
-            raise TypeError(f"{spec.path} has dtype {jnp.result_type(entry)}; expected a floating")
+            raise TypeError(
+                f"{spec.path} has dtype {jnp.result_type(entry)}; expected a floating dtype"
+            )
     leaves = [arrays.unsharded(jnp.asarray(named[spec.path])) for spec in layout.leaves]
     return Shared(_compress(tuple(leaves), layout.leaves), _check_rest(named, layout))
 

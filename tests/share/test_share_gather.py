@@ -68,6 +68,8 @@ STD = {"a": 0.02, "b": 0.3}
 CASES = {
     "stable": {"budget": 57},  # 4.53 partitions
     "stable, full": {"budget": 1.0, "seed": 5},
+    "stable, a leaf cut once": {"budget": 200, "seed": 1},
+    "stable, a leaf of two parts": {"budget": 150, "seed": 4},
     "stable, many partitions": {"budget": 9, "seed": 2**32 - 1},
     "stable, one slot": {"budget": 1, "sign": False},
     "stable, tiles": {"budget": 80, "tile": (2, 4)},
