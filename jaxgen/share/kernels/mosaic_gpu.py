@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from jaxgen.share.hashing import fmix32
-from jaxgen.share.kernels.tiles import Tiles, output_type, tiles_of, untiled
+from jaxgen.share.kernels.tiles import Tiles, output_type, served, untiled
 from jaxgen.share.layout import Spec
 
 __all__ = ["forward", "grad_pool", "grad_x", "supports"]
@@ -55,14 +55,6 @@ def supports(
     if bk % _STEP or bn % _STEP:
         return f"tile is {(bk, bn)}; the GPU kernels take multiples of {_STEP}"
     return None
-
-
-def _check(
-    shape: tuple[int, ...], dtype: DTypeLike, spec: Spec, pool_dtype: DTypeLike | None = None
-) -> Tiles:
-    if (reason := supports(shape, dtype, spec, pool_dtype)) is not None:
-        raise NotImplementedError(f"{spec.path}: {reason}")
-    return tiles_of(spec)
 
 
 def _width(size: int) -> int:
@@ -130,7 +122,7 @@ def _launch(body: Callable[..., None], *operands: jax.Array, interpret: Any, **o
 def _product(
     x: jax.Array, pool: jax.Array, spec: Spec, *, is_forward: bool, interpret: Any
 ) -> jax.Array:
-    tiles = _check(x.shape, x.dtype, spec, pool.dtype)
+    tiles = served(spec, supports(x.shape, x.dtype, spec, pool.dtype))
     rows, (length, width) = x.shape[0], spec.matrix if is_forward else spec.matrix[::-1]
     if rows == 0:
         return jnp.zeros((0, width), x.dtype)
@@ -238,7 +230,7 @@ def grad_pool(x: jax.Array, dy: jax.Array, spec: Spec, *, interpret: Any = None)
     Raises:
       NotImplementedError: what ``supports`` objects to.
     """
-    tiles = _check(x.shape, x.dtype, spec)
+    tiles = served(spec, supports(x.shape, x.dtype, spec))
     if x.shape[0] == 0:
         return jnp.zeros((spec.m,), jnp.float32)
     (length, width), kb, nb = spec.matrix, _STEP, _width(tiles.bn)

@@ -32,7 +32,7 @@ from jax.typing import DTypeLike
 
 from jaxgen.core import arrays
 from jaxgen.share.hashing import fmix32
-from jaxgen.share.kernels.tiles import Tiles, output_type, tiles_of, untiled
+from jaxgen.share.kernels.tiles import Tiles, output_type, served, tiles_of, untiled
 from jaxgen.share.layout import Spec
 
 __all__ = ["forward", "grad_pool", "grad_x", "is_resident", "supports", "weight_bytes"]
@@ -67,14 +67,6 @@ def supports(
     if bk * bn > _MOST_SLOTS:
         return f"tile is {(bk, bn)}; the TPU kernels take at most {_MOST_SLOTS} slots"
     return None
-
-
-def _check(
-    shape: tuple[int, ...], dtype: DTypeLike, spec: Spec, pool_dtype: DTypeLike | None = None
-) -> Tiles:
-    if (reason := supports(shape, dtype, spec, pool_dtype)) is not None:
-        raise NotImplementedError(f"{spec.path}: {reason}")
-    return tiles_of(spec)
 
 
 def _interpreter(interpret: Any) -> Any:
@@ -280,7 +272,7 @@ def _product(
     target: tuple[int, int, int] | None,
     interpret: Any,
 ) -> jax.Array:
-    tiles = _check(x.shape, x.dtype, spec, pool.dtype)
+    tiles = served(spec, supports(x.shape, x.dtype, spec, pool.dtype))
     rows, (length, width) = x.shape[0], spec.matrix if is_forward else spec.matrix[::-1]
     if rows == 0:
         return jnp.zeros((0, width), x.dtype)
@@ -500,7 +492,7 @@ def grad_pool(
     Raises:
       NotImplementedError: what ``supports`` objects to.
     """
-    tiles = _check(x.shape, x.dtype, spec)
+    tiles = served(spec, supports(x.shape, x.dtype, spec))
     if x.shape[0] == 0:
         return jnp.zeros((spec.m,), jnp.float32)
     rows = x.shape[0]

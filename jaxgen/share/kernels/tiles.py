@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxgen.core import arrays
 from jaxgen.share.layout import Spec
 
-__all__ = ["Tiles", "output_type", "tiles_of", "untiled"]
+__all__ = ["Tiles", "output_type", "served", "tiles_of", "untiled"]
 
 
 def untiled(spec: Spec, pool_dtype: DTypeLike | None = None) -> str | None:
@@ -165,3 +165,14 @@ def tiles_of(spec: Spec) -> Tiles:
     first, phase = divmod(spec.offset // math.prod(spec.tile), units)
     partitions = (phase + down * across - 1) // units + 1
     return Tiles(spec, *spec.tile, down, across, units, first, phase, partitions)
+
+
+def served(spec: Spec, reason: str | None) -> Tiles:
+    """The tiles of a leaf, unless a kernel has a reason against it.
+
+    Raises:
+      NotImplementedError: the reason, with the leaf's name.
+    """
+    if reason is not None:
+        raise NotImplementedError(f"{spec.path}: {reason}")
+    return tiles_of(spec)
