@@ -1,5 +1,6 @@
 """How data becomes noise: linear processes, their named schedules and discrete chains."""
 
+from jaxgen.process.discrete_betas import discrete_betas
 from jaxgen.process.discretize import DiscreteKernel
 from jaxgen.process.linear import LinearSDE, Rates
 from jaxgen.process.schedules import (
@@ -20,6 +21,7 @@ __all__ = [
     "LinearSDE",
     "Rates",
     "cosine",
+    "discrete_betas",
     "edm",
     "mean_reverting",
     "ouve",
