@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgen.solve.semilinear import GridSolver, Level, SemiLinearTerm
+from jaxgen.solve.semilinear import GridSolver, Level, SemiLinearTerm, Window
 
 __all__ = ["DDIM", "ddim", "to_data"]
 
@@ -50,8 +50,9 @@ class DDIM(GridSolver):
         """Whether ``eta`` is anything but the number 0."""
         return not (isinstance(self.eta, int | float) and self.eta == 0)
 
-    def coefficients(self, term: SemiLinearTerm, first: Level, last: Level) -> Any:
+    def coefficients(self, term: SemiLinearTerm, window: Window) -> Any:
         """``(t, a, b, s)`` of equation (1)."""
+        first, last = window.first, window.last
         if not self.is_noisy:
             return first.t, *to_data(term, first, last), None
         r = first.alpha * last.sigma / (last.alpha * first.sigma)

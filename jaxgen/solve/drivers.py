@@ -17,7 +17,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from jaxgen.solve.semilinear import GridSolver, SemiLinearTerm, knots, progress_grid
+from jaxgen.solve.semilinear import GridSolver, SemiLinearTerm, progress_grid, tabulate
 
 __all__ = ["Driven", "evaluations", "rising", "scan_carry", "scan_grid", "scan_terms", "solve_one"]
 
@@ -112,8 +112,7 @@ def scan_grid(term: SemiLinearTerm, solver: GridSolver, x: jax.Array, tick: Tick
       tick: called in the loop after each step with its number.
     """
     u = progress_grid(term.steps, x.dtype)
-    first, last = knots(term)
-    numbers = jax.vmap(lambda a, b: solver.coefficients(term, a, b))(first, last)
+    numbers = tabulate(term, solver)
 
     def body(carry: Any, inputs: Any, is_full: bool | None) -> tuple[Any, None]:
         x, state = carry

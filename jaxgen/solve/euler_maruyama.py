@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jaxgen.core.arrays import safe_sqrt
-from jaxgen.solve.semilinear import GridSolver, Level, SemiLinearTerm
+from jaxgen.solve.semilinear import GridSolver, Level, SemiLinearTerm, Window
 
 __all__ = ["EulerMaruyama", "reverse_step"]
 
@@ -37,9 +37,9 @@ class EulerMaruyama(GridSolver):
         """Always."""
         return True
 
-    def coefficients(self, term: SemiLinearTerm, first: Level, last: Level) -> Any:
+    def coefficients(self, term: SemiLinearTerm, window: Window) -> Any:
         """``(t, a, b, s)`` of equation (1)."""
-        return reverse_step(term, first, first.t - last.t)
+        return reverse_step(term, window.first, window.first.t - window.last.t)
 
     def advance(
         self,

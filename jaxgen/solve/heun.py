@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxgen.core.arrays import safe_sqrt
 from jaxgen.solve.ddim import to_data
-from jaxgen.solve.semilinear import GridSolver, Level, SemiLinearTerm
+from jaxgen.solve.semilinear import GridSolver, Level, SemiLinearTerm, Window
 
 __all__ = ["Heun"]
 
@@ -48,6 +48,18 @@ def correct(
         return jnp.where(keep, corrected(x), x)
 
     return jax.lax.cond(jnp.any(wanted), some, lambda x: x, x)
+
+
+def runs_between_ends(term: SemiLinearTerm) -> Sequence[tuple[int, bool | None]]:
+    """``GridSolver.plan`` of a solver whose steps are whole between finite log-SNRs alone."""
+    first, last = term.ends
+    if first is None or last is None:
+        return [(term.steps, None)]
+    if term.steps == 1:
+        return [(1, first and last)]
+    runs = [(1, False)] * (not first)
+    runs.append((term.steps - (not first) - (not last), True))
+    return runs + [(1, False)] * (not last)
 
 
 class Heun(GridSolver):
@@ -95,8 +107,9 @@ class Heun(GridSolver):
         factor = jnp.where(is_moved, raised.alpha / level.alpha, 1.0)
         return raised, factor, self.s_noise * jnp.where(is_moved, spread, 0.0)
 
-    def coefficients(self, term: SemiLinearTerm, first: Level, last: Level) -> Any:
+    def coefficients(self, term: SemiLinearTerm, window: Window) -> Any:
         """The churn's numbers, the Euler step's and the correction's."""
+        first, last = window.first, window.last
         churned = None
         if self.is_noisy:
             first, factor, spread = self._raised(term, first)
@@ -143,14 +156,7 @@ class Heun(GridSolver):
 
     def plan(self, term: SemiLinearTerm) -> Sequence[tuple[int, bool | None]]:
         """One run where both ends are known to be finite or not."""
-        first, last = term.ends
-        if first is None or last is None:
-            return [(term.steps, None)]
-        if term.steps == 1:
-            return [(1, first and last)]
-        runs = [(1, False)] * (not first)
-        runs.append((term.steps - (not first) - (not last), True))
-        return runs + [(1, False)] * (not last)
+        return runs_between_ends(term)
 
     def calls(self, term: SemiLinearTerm, numbers: Any) -> jax.Array:
         """Two a step, one where the correction is left out for every sample."""

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.solve.heun import correct
-from jaxgen.solve.semilinear import GridSolver, Level, SemiLinearTerm
+from jaxgen.solve.semilinear import GridSolver, SemiLinearTerm, Window
 
 __all__ = ["HeunTime"]
 
@@ -24,8 +24,9 @@ __all__ = ["HeunTime"]
 class HeunTime(GridSolver):
     """The solver of the module docstring."""
 
-    def coefficients(self, term: SemiLinearTerm, first: Level, last: Level) -> Any:
+    def coefficients(self, term: SemiLinearTerm, window: Window) -> Any:
         """Times, the step and the velocity's numbers at both ends."""
+        first, last = window.first, window.last
         h = last.t - first.t
         wanted = last.t > term.times[-1]
         # Undefined numbers of a correction that is left out must not reach a gradient.

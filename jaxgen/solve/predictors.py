@@ -20,7 +20,7 @@ from jaxgen.core import checks
 from jaxgen.core.arrays import cast_coefficient
 from jaxgen.solve.chain import Chain, Step, at
 from jaxgen.solve.euler_maruyama import EulerMaruyama, reverse_step
-from jaxgen.solve.semilinear import GridSolver
+from jaxgen.solve.semilinear import GridSolver, tabulate
 
 __all__ = ["KERNELS", "ancestral", "as_predictor", "reverse_diffusion"]
 
@@ -97,9 +97,8 @@ def as_predictor(solver: GridSolver) -> Callable[[Chain], Step]:
             )
         if solver.start(chain.term, jnp.zeros(())) is not None:
             raise ValueError(f"{name} keeps a history and so is no predictor of one step")
-        numbers = jax.vmap(lambda a, b: solver.coefficients(chain.term, a, b))(
-            chain.first, chain.last
-        )
+        # A chain's indices rise with time.
+        numbers = jax.tree.map(lambda v: v[::-1], tabulate(chain.term, solver))
         calls = solver.calls(chain.term, numbers)
         spreads = solver.additive_noise(numbers)
         if spreads is not None:

@@ -3,8 +3,9 @@
 A new solver is a file with a class and a row here.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import diffrax
 
@@ -13,7 +14,9 @@ from jaxgen.solve.ddim import DDIM
 from jaxgen.solve.euler_maruyama import EulerMaruyama
 from jaxgen.solve.heun import Heun
 from jaxgen.solve.heun_time import HeunTime
+from jaxgen.solve.multistep import deis, dpm, dpmpp, unipc
 from jaxgen.solve.semilinear import GridSolver
+from jaxgen.solve.singlestep import dpm_2, dpm_3, dpmpp_2s
 
 __all__ = ["SOLVERS", "Entry", "resolve"]
 
@@ -40,6 +43,17 @@ SOLVERS: dict[str, Entry] = {
     "ddim": Entry(DDIM, "log_snr", 20),
     "heun_time": Entry(HeunTime, "time", 20),
     "heun": Entry(Heun, "karras", 20),
+    "dpm_2": Entry(dpm_2, "log_snr", 20),
+    "dpm_3": Entry(dpm_3, "log_snr", 20),
+    "dpmpp_2s": Entry(dpmpp_2s, "log_snr", 20),
+    "dpm_2m": Entry(functools.partial(dpm, 2), "log_snr", 20),
+    "dpm_3m": Entry(functools.partial(dpm, 3), "log_snr", 20),
+    "dpmpp_2m": Entry(functools.partial(dpmpp, 2), "log_snr", 20),
+    "dpmpp_3m": Entry(functools.partial(dpmpp, 3), "log_snr", 20),
+    "dpmpp_2m_sde": Entry(functools.partial(dpmpp, 2, eta=1.0), "log_snr", 20),
+    "dpmpp_3m_sde": Entry(functools.partial(dpmpp, 3, eta=1.0), "log_snr", 20),
+    "unipc": Entry(unipc, "log_snr", 20),
+    "deis": Entry(deis, "log_snr", 20),
 }
 
 
@@ -64,5 +78,8 @@ def resolve(solver: Any) -> tuple[str, Entry, diffrax.AbstractSolver | None]:
     for name, entry in SOLVERS.items():
         if entry.make is type(solver):
             return name, entry, solver
-    grid = "log_snr" if isinstance(solver, GridSolver) else "time"
-    return type(solver).__name__, Entry(lambda: solver, grid, 20), solver
+    is_ours = isinstance(solver, GridSolver)
+    # HalfSolver passes isinstance for the solver it wraps, and has its own name.
+    name = cast(GridSolver, solver).name if issubclass(type(solver), GridSolver) else ""
+    name = name or type(solver).__name__
+    return name, Entry(lambda: solver, "log_snr" if is_ours else "time", 20), solver

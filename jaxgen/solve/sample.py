@@ -25,7 +25,7 @@ from jaxgen.solve.meter import Ticker
 from jaxgen.solve.noise import Brownian, draws_ahead, sample_keys, sample_path
 from jaxgen.solve.predictor_corrector import predictor_corrector
 from jaxgen.solve.registry import resolve
-from jaxgen.solve.semilinear import GridSolver, SemiLinearTerm, knots, progress_grid
+from jaxgen.solve.semilinear import GridSolver, SemiLinearTerm, progress_grid, tabulate
 from jaxgen.solve.state import Sample, Start, finish, start
 from jaxgen.solve.terms import (
     FieldCall,
@@ -148,9 +148,7 @@ def _diffeq(
             term = _semilinear(job, sde, field, times, path, x.ndim)
             calls = None
             if controller is None:
-                first, last = knots(term)
-                numbers = jax.vmap(lambda a, b: solver.coefficients(term, a, b))(first, last)
-                calls = solver.calls(term, numbers)
+                calls = solver.calls(term, tabulate(term, solver))
             return solve_one(term, solver, u, x, calls=calls, **options)
         path = sample_path(solver, key, event, x, job.steps, -times, brownian, controller)
         terms = _raw(job, sde, field, path, x.ndim)

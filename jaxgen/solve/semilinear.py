@@ -5,8 +5,8 @@ Every prediction kind is linear in state and output: with x' = x - mu, noise and
     noise = a x' + b out',     data' = a x' + b out'                                        (1)
 
 with coefficients (a, b) of the level alone. A solver on this term is therefore a set of numbers for
-each interval of a grid (``coefficients``), known before the loop runs, and a cheap step that uses
-them (``advance``).
+each interval of a grid (``coefficients``), made of the levels around it (``Window``) and known
+before the loop runs, and a cheap step that uses them (``advance``).
 
 The term is integrated *forwards* in the progress u from 0 (noise) to 1 (data): diffrax negates
 time on a backward solve, and log-SNR may be infinite at both ends and start at another level for
@@ -28,7 +28,7 @@ from jaxgen.process.linear import LinearSDE
 from jaxgen.score.prediction import convert
 from jaxgen.solve.terms import FieldCall
 
-__all__ = ["GridSolver", "Level", "SemiLinearTerm"]
+__all__ = ["GridSolver", "Level", "SemiLinearTerm", "Window", "tabulate"]
 
 
 class Level(NamedTuple):
@@ -49,6 +49,32 @@ class Level(NamedTuple):
     alpha_dot: jax.Array
     sigma_dot: jax.Array
     lam: jax.Array
+
+
+class Window(NamedTuple):
+    """The levels around one interval, for a solver that looks back ``depth`` knots.
+
+    Attributes:
+      past: entries ``(depth, ...)``, newest first: the level at the interval's start, then those at
+        the starts of the intervals before it, the first knot again where there are none.
+      last: the level at the interval's end.
+      count: intervals begun, this one among them; int32 ``()``.
+      left: intervals left, this one among them; int32 ``()``.
+    """
+
+    past: Level
+    last: Level
+    count: jax.Array
+    left: jax.Array
+
+    @property
+    def first(self) -> Level:
+        """The level at the interval's start."""
+        return self.at(0)
+
+    def at(self, j: int) -> Level:
+        """The level at the start of the ``j``-th interval before this one."""
+        return Level(*(v[j] for v in self.past))
 
 
 class SemiLinearTerm(diffrax.AbstractTerm):
@@ -179,10 +205,10 @@ class SemiLinearTerm(diffrax.AbstractTerm):
 class GridSolver(diffrax.AbstractItoSolver):
     """A solver on a ``SemiLinearTerm``: numbers for each interval, and a step that uses them.
 
-    Subclasses give ``coefficients`` and ``advance``, and where they need them ``start`` (history)
-    and ``calls``. ``step`` computes the numbers on the way, for ``diffeqsolve``; the scan driver
-    computes them for all intervals at once. Marked as an Ito solver; noise is additive, so it is
-    one of Stratonovich's kind too.
+    Subclasses give ``coefficients`` and ``advance``, and where they need them ``depth`` and
+    ``start`` (history), ``check`` and ``calls``. ``step`` computes the numbers on the way, for
+    ``diffeqsolve``; the scan driver computes them for all intervals at once (``tabulate``). Marked
+    as an Ito solver; noise is additive, so it is one of Stratonovich's kind too.
     """
 
     term_structure: ClassVar = SemiLinearTerm
@@ -191,13 +217,31 @@ class GridSolver(diffrax.AbstractItoSolver):
     )
 
     @property
+    def name(self) -> str:
+        """What a result says it was made with."""
+        return type(self).__name__
+
+    @property
     def is_noisy(self) -> bool:
         """Whether a step draws noise."""
         return False
 
+    @property
+    def depth(self) -> int:
+        """Knots that ``coefficients`` sees: the interval's start and those before it."""
+        return 1
+
+    def check(self, term: SemiLinearTerm) -> None:
+        """Refuse a term that this solver cannot serve, at trace time.
+
+        Raises:
+          ValueError: why it cannot.
+        """
+        del term
+
     @abc.abstractmethod
-    def coefficients(self, term: SemiLinearTerm, first: Level, last: Level) -> Any:
-        """The numbers of the step from level ``first`` to level ``last``, a pytree."""
+    def coefficients(self, term: SemiLinearTerm, window: Window) -> Any:
+        """The numbers of the step over the window's interval, a pytree."""
 
     @abc.abstractmethod
     def advance(
@@ -244,9 +288,12 @@ class GridSolver(diffrax.AbstractItoSolver):
     # --- as diffrax sees it -----------------------------------------------------------------------
 
     def init(self, terms: Any, t0: Any, t1: Any, y0: jax.Array, args: Any) -> Any:
-        """The state before the first step."""
-        del t0, t1, args
-        return self.start(_unwrap(terms), y0)
+        """The state before the first step: the solver's own, the levels passed, their number."""
+        del t1, args
+        term = _unwrap(terms)
+        self.check(term)
+        past = jax.tree.map(lambda v: jnp.stack([v] * self.depth), term.level(t0))
+        return self.start(term, y0), past, jnp.zeros((), jnp.int32)
 
     def step(
         self,
@@ -261,9 +308,14 @@ class GridSolver(diffrax.AbstractItoSolver):
         """One step of ``diffeqsolve``, over any interval of progress."""
         del args, made_jump
         term = _unwrap(terms)
-        numbers = self.coefficients(term, term.level(t0), term.level(t1))
+        own, past, count = solver_state
+        first = term.level(t0)
+        past = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[:-1]]), first, past)
+        left = jnp.maximum(jnp.round((1 - t0) * term.steps), 1).astype(jnp.int32)
+        numbers = self.coefficients(term, Window(past, term.level(t1), count + 1, left))
         noise = term.noise(t0, t1) if self.is_noisy else None
-        y1, state = self.advance(term, numbers, noise, y0, solver_state)
+        y1, own = self.advance(term, numbers, noise, y0, own)
+        state = own, past, count + 1
         return y1, None, {"y0": y0, "y1": y1}, state, diffrax.RESULTS.successful
 
     def func(self, terms: Any, t0: Any, y0: jax.Array, args: Any) -> jax.Array:
@@ -276,6 +328,25 @@ def _unwrap(term: Any) -> SemiLinearTerm:
     while not isinstance(term, SemiLinearTerm):
         term = term.term
     return term
+
+
+def tabulate(term: SemiLinearTerm, solver: GridSolver) -> Any:
+    """The solver's numbers for every interval of the term's grid, with the intervals in front."""
+    solver.check(term)
+    steps = term.steps
+    levels = term.level_at(term.times)
+
+    def back(v: jax.Array) -> jax.Array:
+        """The knots before each interval, ``(steps, depth, ...)``."""
+        rows = [v[:-1]]
+        for _ in range(1, solver.depth):
+            rows.append(jnp.concatenate([v[:1], rows[-1][:-1]]))
+        return jnp.stack(rows, axis=1)
+
+    n = jnp.arange(steps, dtype=jnp.int32)
+    past, last = Level(*map(back, levels)), Level(*(v[1:] for v in levels))
+    windows = Window(past, last, n + 1, steps - n)
+    return jax.vmap(lambda window: solver.coefficients(term, window))(windows)
 
 
 def knots(term: SemiLinearTerm) -> tuple[Level, Level]:

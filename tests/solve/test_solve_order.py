@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxgen import process, score, solve
-from jaxgen.solve.semilinear import SemiLinearTerm, knots
+from jaxgen.solve.semilinear import SemiLinearTerm, tabulate
 from jaxgen.solve.terms import FieldCall
 
 START, END = 0.9, 0.05
@@ -68,7 +68,7 @@ def variance_error(sde, solver, steps, grid):
     def numbers():
         times = solve.make_grid(grid, sde, steps, t_end=END, dtype=jnp.float64)
         term = SemiLinearTerm(FieldCall(lambda x, t: x), sde, times, None, "noise")
-        own = jax.vmap(lambda a, b: solver.coefficients(term, a, b))(*knots(term))
+        own = tabulate(term, solver)
         return times, sde.alpha(times), sde.sigma(times), *own
 
     times, alpha, sigma, t, a, b, s = (np.asarray(v) for v in numbers())
