@@ -2,6 +2,7 @@
 
 from jaxgen.process.discrete_betas import discrete_betas
 from jaxgen.process.discretize import DiscreteKernel
+from jaxgen.process.ir_sde import IRSDETables, ir_sde, ir_sde_tables
 from jaxgen.process.linear import LinearSDE, Rates
 from jaxgen.process.schedules import (
     PROCESSES,
@@ -18,11 +19,14 @@ from jaxgen.process.schedules import (
 __all__ = [
     "PROCESSES",
     "DiscreteKernel",
+    "IRSDETables",
     "LinearSDE",
     "Rates",
     "cosine",
     "discrete_betas",
     "edm",
+    "ir_sde",
+    "ir_sde_tables",
     "mean_reverting",
     "ouve",
     "rectified",

@@ -19,44 +19,23 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxgen.core import checks
-from jaxgen.core.arrays import unsharded
 from jaxgen.process.linear import LinearSDE
+from jaxgen.process.tables import log_alpha_at, time_of
 
 __all__ = ["discrete_betas"]
 
 _elementwise = functools.partial(jax.jit, inline=True)
 
 
-def _segment(table: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Entries ``i`` and ``i + 1``, laid out like ``i`` (a gather by sharded indices raises)."""
-    sharding, i = jax.typeof(i).sharding, unsharded(i)
-    pair = table.at[i].get(mode="clip"), table.at[i + 1].get(mode="clip")
-    if not sharding.mesh.explicit_axes:
-        return pair
-    return jax.reshard(pair[0], sharding), jax.reshard(pair[1], sharding)
-
-
-@_elementwise
-def _log_alpha(t: jax.Array, table: jax.Array) -> jax.Array:
-    """Linear interpolation of the table, whose first entry stands at t = -1."""
-    left = jnp.clip(jnp.floor(t), -1, table.shape[0] - 3)
-    first, second = _segment(table, left.astype(jnp.int32) + 1)
-    return first + (t - left) * (second - first)
-
-
 @_elementwise
 def _sigma(t: jax.Array, table: jax.Array) -> jax.Array:
-    return jnp.sqrt(-jnp.expm1(2 * _log_alpha(t, table)))
+    return jnp.sqrt(-jnp.expm1(2 * log_alpha_at(t, table)))
 
 
 @_elementwise
 def _inverse(value: jax.Array, table: jax.Array) -> jax.Array:
     """The time of a log-SNR: its log alpha, -softplus(-value)/2, looked up in the table."""
-    log_alpha = -0.5 * jax.nn.softplus(-value)
-    i = jnp.searchsorted(-table, -unsharded(log_alpha), side="right") - 1
-    i = jnp.clip(i, 0, table.shape[0] - 2)
-    first, second = _segment(table, i)
-    return i - 1 + (first - log_alpha) / (first - second)
+    return time_of(-0.5 * jax.nn.softplus(-value), table)
 
 
 def _table(betas: np.ndarray) -> np.ndarray:
@@ -104,7 +83,7 @@ def discrete_betas(betas: ArrayLike) -> LinearSDE:
         raise ValueError(f"betas has shape {given.shape}; expected (n,) with n of at least 2")
     last = given.shape[0] - 1
     return LinearSDE(
-        _log_alpha,
+        log_alpha_at,
         _sigma,
         params=(_traced_table(given) if known is None else _table(given),),
         t_min=0.0,
