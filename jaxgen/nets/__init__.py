@@ -19,6 +19,7 @@ from jaxgen.nets.embedding import (
     fourier_features,
     sinusoidal,
 )
+from jaxgen.nets.level_classifier import LevelClassifier, LevelMLP
 from jaxgen.nets.mlp import MLP
 from jaxgen.nets.ncsnpp import NCSNPP_CONFIGS, NCSNpp, NCSNppConfig, ncsnpp
 from jaxgen.nets.resample import (
@@ -37,6 +38,8 @@ __all__ = [
     "Classifier",
     "GaussianFourier",
     "LabelEmbedding",
+    "LevelClassifier",
+    "LevelMLP",
     "NCSNpp",
     "NCSNppConfig",
     "TimeEmbedding",
