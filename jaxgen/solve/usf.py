@@ -1,0 +1,348 @@
+"""A schedule as a solver: the numbers of equation (1) of ``schedule`` on the exponential core.
+
+Both predictions are kept of every output, so that each step may work on either. All decisions are
+data: one compilation serves every schedule of M steps, and a population of them under ``vmap``. A
+step that is not corrected is replayed: the predictor's own update, from the state at its start.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxgen.core import checks
+from jaxgen.process.linear import LinearSDE
+from jaxgen.score.prediction import Field
+from jaxgen.solve.exponential import (
+    Multistep,
+    Numbers,
+    Update,
+    combined,
+    derivative_weights,
+    leading,
+    refuse_pure_noise,
+)
+from jaxgen.solve.phi import phi
+from jaxgen.solve.sample import sample
+from jaxgen.solve.schedule import (
+    DATA,
+    MAX_ORDER,
+    SolverSchedule,
+    schedule_times,
+    validate_schedule,
+)
+from jaxgen.solve.semilinear import Level, SemiLinearTerm, Window
+from jaxgen.solve.state import Sample
+
+__all__ = ["ScheduleSolver", "usf", "usf_sample"]
+
+# Distance in lam, relative to 1 + |lam|, at which a grid is another than the schedule's.
+_SAME_GRID = 2e-3
+
+
+class _Decisions(NamedTuple):
+    """What a schedule says of one step, each ``()``."""
+
+    ptype: jax.Array
+    order: jax.Array
+    est_order: jax.Array
+    relax_kind: jax.Array
+    relax_coef: jax.Array
+
+
+class _Known(NamedTuple):
+    """A term whose output at this step is known; of its methods, what a step uses."""
+
+    term: SemiLinearTerm
+    out: jax.Array
+
+    def output(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        del x, t
+        return self.out
+
+    def centred(self, x: jax.Array) -> jax.Array:
+        return self.term.centred(x)
+
+    def combine(self, x: jax.Array, a: jax.Array, *pairs: Any) -> jax.Array:
+        return self.term.combine(x, a, *pairs)
+
+
+class ScheduleSolver(Multistep):
+    """The solver of a schedule; made by ``usf``.
+
+    Attributes:
+      schedule: the decisions, possibly traced.
+      x0_mean: mean of the data, of the event's shape; for ``afs`` 2.
+      may_skip: whether the first output may be analytic (static).
+    """
+
+    schedule: SolverSchedule
+    x0_mean: Any = None
+    may_skip: bool = eqx.field(static=True, default=True)
+
+    @property
+    def name(self) -> str:
+        """The solver's name."""
+        return "usf"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Both, so that steps may differ."""
+        return ("data", "noise")
+
+    @property
+    def has_corrector(self) -> bool:
+        """Always: a step without one is replayed."""
+        return True
+
+    @property
+    def depth(self) -> int:
+        """Outputs in use: the predictor's, and one more for the corrector."""
+        return MAX_ORDER + 1
+
+    def order(self, terms: Any) -> int:
+        """Of the highest predictor."""
+        del terms
+        known = checks.concrete(self.schedule.order)
+        return MAX_ORDER if known is None else int(np.max(known))
+
+    def times(self, sde: LinearSDE) -> jax.Array:
+        """The grid that the schedule is made for; see ``schedule_times``."""
+        return schedule_times(sde, self.schedule)
+
+    def check(self, term: SemiLinearTerm) -> None:
+        """Refuse another grid than the schedule's.
+
+        Raises:
+          ValueError: another number of steps; other times, where they are known.
+        """
+        refuse_pure_noise(term, ("data",))
+        steps = self.schedule.steps
+        if term.steps != steps:
+            raise ValueError(
+                f"the schedule has {steps} steps and the grid {term.steps}; pass "
+                "grid=schedule_times(sde, schedule), or a schedule for that many steps"
+            )
+        with jax.ensure_compile_time_eval():
+            is_same = self._is_same(0.5 * term.sde.log_snr(term.times), self.schedule.lam)
+        known = checks.concrete(is_same)
+        if known is not None and not known.all():
+            raise ValueError(
+                f"the grid {term.times} is not the schedule's, which is at lam "
+                f"{self.schedule.lam}; pass grid=schedule_times(sde, schedule)"
+            )
+
+    @staticmethod
+    def _is_same(lam: jax.Array, own: Any) -> jax.Array:
+        own = jnp.asarray(own, lam.dtype)
+        own = own.reshape(own.shape + (1,) * (lam.ndim - own.ndim))
+        close = jnp.abs(lam - own) <= _SAME_GRID * (1 + jnp.abs(own))
+        return (lam == own) | (close & jnp.isfinite(own))
+
+    def calls(self, term: SemiLinearTerm, numbers: Any) -> jax.Array:
+        """One a step, but for an analytic first."""
+        del numbers
+        skipped = jnp.asarray(self.schedule.afs) > 0
+        return jnp.asarray(term.steps - skipped, jnp.int32)
+
+    # --- numbers ------------------------------------------------------------------------------------
+
+    def _decisions(self, n: jax.Array) -> _Decisions:
+        def at(values: Any) -> jax.Array:
+            return jnp.asarray(values).at[n].get(mode="clip")
+
+        return _Decisions(*(at(getattr(self.schedule, name)) for name in _Decisions._fields))
+
+    def _update(
+        self, base: Level, last: Level, points: Sequence[Level], decisions: _Decisions
+    ) -> tuple[jax.Array, list[tuple[jax.Array, ...]]]:
+        """Factor, and for each kind the weights on the base's output and the points'."""
+        order, m = decisions.order, len(points)
+        active = [order > j for j in range(1, m + 1)]
+        fewer = jnp.where(decisions.est_order > 0, decisions.est_order, order - 1)
+        first_active = [on & (fewer >= j) for j, on in enumerate(active, 1)]
+        h = last.lam - base.lam
+        # At the first step there is no earlier interval: a length of 1 keeps its numbers finite.
+        h = jnp.where(jnp.isfinite(h) & (h > 0), h, 1.0)
+        # Inactive points need places that no active one has: those are at most 1.
+        r = [
+            jnp.where(on, jnp.where(on, p.lam - base.lam, 1.0) / h, 2.0 + j)
+            for j, (p, on) in enumerate(zip(points, active, strict=True))
+        ]
+        estimates = derivative_weights(r, active)
+        estimates[0] = derivative_weights(r, first_active)[0]
+        is_data = decisions.ptype == DATA
+        factor, weights = None, []
+        for kind, is_kind in (("data", is_data), ("noise", ~is_data)):
+            a, b0, lead, z, step = leading(kind, base, last)
+            functions = phi(z, m + 1)
+            moments = [functions[1] * self._relaxed(z, step, functions, decisions), *functions[2:]]
+            c = [jnp.where(on, v, 0.0) for v, on in zip(moments, active, strict=True)]
+            own = combined(b0, lead, c, estimates)
+            factor = a if factor is None else jnp.where(is_data, factor, a)
+            weights.append(tuple(jnp.where(is_kind, w, 0.0) for w in own))
+        return cast(jax.Array, factor), weights
+
+    @staticmethod
+    def _relaxed(
+        z: jax.Array, h: jax.Array, functions: Sequence[jax.Array], decisions: _Decisions
+    ) -> jax.Array:
+        """R_1; with phi_1 and phi_2 the quotients hold at z = 0 too."""
+        one, half = jnp.ones_like(z), 0.5 * jnp.expm1(z)
+        rows = [
+            one,
+            one + decisions.relax_coef.astype(z.dtype) * h,
+            0.5 * functions[0] / functions[1],
+            0.5 / functions[1],
+            one + half,
+            one - half,
+        ]
+        kind = decisions.relax_kind
+        return sum(
+            (jnp.where(kind == i, row, 0.0) for i, row in enumerate(rows)), jnp.zeros_like(z)
+        )
+
+    def coefficients(self, term: SemiLinearTerm, window: Window) -> tuple[Numbers, Any]:
+        """The core's numbers, and whether this step's output is analytic (``None``: never)."""
+        first, n = window.first, window.count - 1
+        levels = [window.at(j) for j in range(1, self.depth)]
+        factor, weights = self._update(first, window.last, levels[:-1], self._decisions(n))
+        factor = self._spoilt(factor, window)
+        is_known, parts = None, self.parts(term, first)
+        if self.may_skip:
+            is_known = (n == 0) & (jnp.asarray(self.schedule.afs) > 0)
+            data, noise = (term.conversion(first, kind) for kind in self.kinds)
+            known = (0.0, 1.0), (1 / first.sigma, -first.alpha / first.sigma)
+            parts = tuple(
+                (jnp.where(is_known, p, own[0]), jnp.where(is_known, q, own[1]))
+                for (p, q), own in zip(known, (data, noise), strict=True)
+            )
+        correct = self._correction(window, levels)
+        return Numbers(first.t, parts, Update(factor, tuple(weights)), correct, None), is_known
+
+    def _spoilt(self, factor: jax.Array, window: Window) -> jax.Array:
+        """NaN on another grid than the schedule's, where only values tell."""
+        lam = jnp.asarray(self.schedule.lam)
+        is_same = self._is_same(window.first.lam, lam.at[window.count - 1].get(mode="clip"))
+        is_same &= self._is_same(window.last.lam, lam.at[window.count].get(mode="clip"))
+        checks.debug_check(
+            jnp.all(is_same), "the grid is not the schedule's: {lam}", lam=window.last.lam
+        )
+        return jnp.where(is_same, factor, jnp.nan)
+
+    def _correction(self, window: Window, levels: Sequence[Level]) -> Update:
+        """The last interval again: with the newest output, or as it was; at first, nothing."""
+        base, last, is_first = levels[0], window.first, window.count == 1
+        n = window.count - 2
+        before = self._decisions(n)
+        is_on = jnp.asarray(self.schedule.corrector).at[n].get(mode="clip")
+        factor, weights = self._update(base, last, levels[1:], before)
+        is_relaxed = jnp.asarray(self.schedule.scale_corrector) & (before.order == 1)
+        higher = before._replace(
+            order=before.order + 1,
+            est_order=jnp.zeros_like(before.est_order),
+            relax_kind=jnp.where(is_relaxed, before.relax_kind, 0),
+        )
+        _, corrected = self._update(base, last, [last, *levels[1:]], higher)
+        both = []
+        for own, new in zip(weights, corrected, strict=True):
+            on_base, on_last, *rest = new
+            replayed = (jnp.zeros_like(on_last), *own)
+            pairs = zip((on_last, on_base, *rest), replayed, strict=True)
+            chosen = (jnp.where(is_on, a, b) for a, b in pairs)
+            both.append(tuple(jnp.where(is_first, 0.0, w) for w in chosen))
+        return Update(jnp.where(is_first, 1.0, factor), tuple(both))
+
+    def advance(
+        self,
+        term: SemiLinearTerm,
+        numbers: Any,
+        noise: tuple[jax.Array, jax.Array] | None,
+        x: jax.Array,
+        state: Any,
+        is_full: bool | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """One call of the field, none where the output is analytic."""
+        own, is_known = numbers
+        if is_known is not None:
+            out = jax.lax.cond(
+                is_known, lambda x: self._mean(term, x), lambda x: term.output(x, own.t), x
+            )
+            term = cast(SemiLinearTerm, _Known(term, out))
+        return super().advance(term, own, noise, x, state, is_full)
+
+    def _mean(self, term: SemiLinearTerm, x: jax.Array) -> jax.Array:
+        """The data's mean, centred, like ``x``; it varies over the mesh as ``x`` does."""
+        mean = jnp.zeros_like(x)
+        if self.x0_mean is not None:
+            given = jnp.asarray(self.x0_mean, x.dtype)
+            given = given.reshape((1,) * (x.ndim - given.ndim) + given.shape)
+            given = term.centred(jnp.broadcast_to(given, x.shape))
+            mean = jnp.where(jnp.asarray(self.schedule.afs) == 2, given, mean)
+        return jnp.where(jnp.isnan(x), x, mean)
+
+
+def usf(schedule: SolverSchedule, *, x0_mean: Any = None, statistics: Any = None) -> ScheduleSolver:
+    """The solver of a schedule, for ``sample`` with ``grid=schedule_times(sde, schedule)``.
+
+    Args:
+      schedule: one schedule; its entries may be traced, so that one compilation serves all of its
+        number of steps.
+      x0_mean: mean of the data, of the event's shape, for ``afs`` 2; a traced ``afs`` without it
+        takes zero.
+      statistics: for ``ptype`` 2; not served yet.
+
+    Raises:
+      ValueError: ``validate_schedule`` refuses it; ``ptype`` 2.
+    """
+    if statistics is not None:
+        raise ValueError("statistics are given; steps of ptype 2 are not served by this solver")
+    validate_schedule(schedule, statistics=statistics, x0_mean=x0_mean)
+    afs = checks.concrete(schedule.afs)
+    arrays = jax.tree.map(jnp.asarray, schedule)
+    return ScheduleSolver(arrays, x0_mean, may_skip=afs is None or bool(afs > 0))
+
+
+def usf_sample(
+    key: jax.Array,
+    field: Field,
+    sde: LinearSDE,
+    shape: tuple[int, ...],
+    schedule: SolverSchedule,
+    *,
+    x0_mean: Any = None,
+    statistics: Any = None,
+    **options: Any,
+) -> Sample:
+    """``sample`` by a schedule on the schedule's own grid.
+
+    Args:
+      key: typed key.
+      field: ``f(x, t) -> like x``.
+      sde: the process.
+      shape: ``(batch, *event)``.
+      schedule: the solver; ``vmap`` over a population of them compiles once.
+      x0_mean: see ``usf``.
+      statistics: see ``usf``.
+      **options: of ``sample``: ``prediction``, ``x_init``, ``event_ndim``, ...
+
+    Raises:
+      ValueError: see ``usf``, ``schedule_times`` and ``sample``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxgen import process, score
+      >>> from jaxgen.solve.schedule import schedule_from_baseline
+      >>> sde = process.vp()
+      >>> field = score.closed_form.gaussian(sde, jnp.ones(2), 0.25).noise
+      >>> schedule = schedule_from_baseline("unipc", 5, sde)
+      >>> out = usf_sample(jax.random.key(0), field, sde, (4, 2), schedule)
+      >>> out.x.shape, int(out.nfe)
+      ((4, 2), 5)
+    """
+    solver = usf(schedule, x0_mean=x0_mean, statistics=statistics)
+    grid = schedule_times(sde, schedule)
+    return sample(key, field, sde, shape, solver=solver, grid=grid, **options)
