@@ -148,7 +148,7 @@ class ScheduleSolver(Multistep):
         skipped = jnp.asarray(self.schedule.afs) > 0
         return jnp.asarray(term.steps - skipped, jnp.int32)
 
-    # --- numbers ------------------------------------------------------------------------------------
+    # --- numbers ----------------------------------------------------------------------------------
 
     def _decisions(self, n: jax.Array) -> _Decisions:
         def at(values: Any) -> jax.Array:
@@ -201,21 +201,23 @@ class ScheduleSolver(Multistep):
             one - half,
         ]
         kind = decisions.relax_kind
-        return sum(
-            (jnp.where(kind == i, row, 0.0) for i, row in enumerate(rows)), jnp.zeros_like(z)
-        )
+        chosen = jnp.zeros_like(z)
+        for i, row in enumerate(rows):
+            chosen = jnp.where(kind == i, row, chosen)
+        return chosen
 
-    def coefficients(self, term: SemiLinearTerm, window: Window) -> tuple[Numbers, Any]:
+    def coefficients(self, term: SemiLinearTerm, window: Window) -> Any:
         """The core's numbers, and whether this step's output is analytic (``None``: never)."""
         first, n = window.first, window.count - 1
         levels = [window.at(j) for j in range(1, self.depth)]
         factor, weights = self._update(first, window.last, levels[:-1], self._decisions(n))
         factor = self._spoilt(factor, window)
-        is_known, parts = None, self.parts(term, first)
+        is_known = None
+        parts: tuple[Any, ...] = self.parts(term, first)
         if self.may_skip:
             is_known = (n == 0) & (jnp.asarray(self.schedule.afs) > 0)
             data, noise = (term.conversion(first, kind) for kind in self.kinds)
-            known = (0.0, 1.0), (1 / first.sigma, -first.alpha / first.sigma)
+            known: Any = (0.0, 1.0), (1 / first.sigma, -first.alpha / first.sigma)
             parts = tuple(
                 (jnp.where(is_known, p, own[0]), jnp.where(is_known, q, own[1]))
                 for (p, q), own in zip(known, (data, noise), strict=True)
