@@ -2,8 +2,9 @@
 
 The rooms are imported on first use: ``jaxgen.process`` (how data becomes noise), ``jaxgen.score``
 (what a network is taught), ``jaxgen.solve`` (from noise back to data), ``jaxgen.guide``
-(conditions and inverse tasks), ``jaxgen.share`` (fewer parameters than weights), ``jaxgen.prune``
-(masks over parameters), ``jaxgen.metrics``, ``jaxgen.nets`` and ``jaxgen.train``.
+(conditions and inverse tasks), ``jaxgen.mcmc`` (chains), ``jaxgen.share`` (fewer parameters than
+weights), ``jaxgen.prune`` (masks over parameters), ``jaxgen.metrics``, ``jaxgen.nets`` and
+``jaxgen.train``.
 """
 
 import importlib
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 _ROOMS = (
     "core",
     "guide",
+    "mcmc",
     "metrics",
     "nets",
     "process",

@@ -7,7 +7,10 @@ A step is ``x_i = mu + a_i (x_{i-1} - mu) + G_i z``, i = 0 .. N-1, with (Song et
   sqrt(beta_i); marginals from the cumulative products.
 - ve (SMLD): N geometric sigmas from sigma_min to sigma_max, a_i = 1, G_i^2 = sigma_i^2 -
   sigma_{i-1}^2 with sigma_{-1} = 0.
-- any other: Euler-Maruyama, a_i = 1 + (d log alpha/dt)/N, G_i = g/sqrt(N), at t_i.
+- discrete_betas: a_i = alpha(t_i)/alpha(t_{i-1}), G_i^2 = 1 - a_i^2; with as many steps as betas
+  these are the betas given.
+- any other: Euler-Maruyama, a_i = 1 + (d log alpha/dt) dt, G_i = g sqrt(dt), at t_i, with dt =
+  span/N (1/N for those that end at 1).
 
 The index is carried, never derived from a time: at N = 1000 rounding a float time visits 999 of
 the indices. Times are t_i = linspace(t_end, t_max, N).
@@ -23,7 +26,7 @@ from jaxgen.core import checks
 from jaxgen.core.arrays import left_broadcast, safe_sqrt
 from jaxgen.process.linear import LinearSDE
 
-__all__ = ["DiscreteKernel", "discretize"]
+__all__ = ["DiscreteKernel", "discretize", "span"]
 
 
 @jax.tree_util.register_dataclass
@@ -75,10 +78,16 @@ class DiscreteKernel:
         return (scaled if mu is None else mu + scaled).astype(x.dtype), std
 
 
+def span(sde: LinearSDE) -> jax.Array:
+    """Length of time from the proper end on the data's side, or ``t_min``, to ``t_max``."""
+    return jnp.asarray(sde.t_max) - (sde.t_min if sde.ends is None else sde.ends[0])
+
+
 def _chain(sde: LinearSDE, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``a_i``, ``G_i`` and the marginal variance of a chain from data, by recursion."""
     t = jnp.linspace(sde.t_end, sde.t_max, n)
-    decay, noise_std = 1 + sde.log_alpha_dot(t) / n, sde.diffusion(t) / n**0.5
+    dt = span(sde) / n
+    decay, noise_std = 1 + sde.log_alpha_dot(t) * dt, sde.diffusion(t) * jnp.sqrt(dt)
 
     def advance(variance, step):
         a, g = step
@@ -118,6 +127,11 @@ def discretize(sde: LinearSDE, n: int) -> DiscreteKernel:
         # The difference of squares by its factors: neighbouring sigmas are close.
         noise_std = safe_sqrt((sigma - before) * (sigma + before))
         decay = alpha = jnp.ones_like(sigma)
+    elif sde.kind == "discrete_betas":
+        log_alpha = sde.log_alpha(t)
+        fall = jnp.diff(log_alpha, prepend=jnp.zeros((1,), log_alpha.dtype))
+        decay, noise_std = jnp.exp(fall), jnp.sqrt(-jnp.expm1(2 * fall))
+        alpha, sigma = jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2 * log_alpha))
     else:
         decay, noise_std, variance = _chain(sde, n)
         alpha, sigma = jnp.cumprod(decay), safe_sqrt(variance)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxgen.core.arrays import safe_sqrt
+from jaxgen.process.discretize import span
 from jaxgen.process.linear import LinearSDE
 from jaxgen.solve.noise import sample_keys
 from jaxgen.solve.path import normals
@@ -126,7 +127,7 @@ def published(term: SemiLinearTerm, steps: int, batch: tuple[int, ...], index: A
     if sde.kind in ("vp", "sub_vp"):
         low, high = sde.params
         shrink = 1 - jnp.linspace(low / steps, high / steps, steps, dtype=shrink.dtype)
-    h = jnp.broadcast_to(jnp.asarray(sde.t_max / steps, kernel.t.dtype), kernel.t.shape)
+    h = jnp.broadcast_to((span(sde) / steps).astype(kernel.t.dtype), kernel.t.shape)
     return Chain(
         term,
         first,
@@ -148,8 +149,8 @@ def walk(term: SemiLinearTerm, batch: tuple[int, ...], index: ArrayLike) -> Chai
     first, last = (Level(*(v[::-1] for v in level)) for level in knots(term))
     h = first.t - last.t
     decay = first.alpha / last.alpha
-    shrink = decay**2 if sde.kind in ("vp", "sub_vp") else jnp.ones_like(decay)
-    if sde.kind in ("vp", "ve"):
+    shrink = decay**2 if sde.kind in ("vp", "sub_vp", "discrete_betas") else jnp.ones_like(decay)
+    if sde.kind in ("vp", "ve", "discrete_betas"):
         left = decay * last.sigma
         noise_std = safe_sqrt((first.sigma - left) * (first.sigma + left))
     else:

@@ -7,7 +7,7 @@ et al., arXiv 2011.13456, appendices E and F):
     ancestral           mean' = (x' + G^2 s) / a,     noise G (vp), G sigma_{i-1}/sigma_i (ve)  (2)
 
 Equation (1) serves every process (with an Euler-Maruyama kernel where none is published), (2) only
-vp and ve.
+vp, ve and discrete betas (DDPM itself).
 """
 
 from collections.abc import Callable
@@ -21,6 +21,9 @@ from jaxgen.core.arrays import cast_coefficient
 from jaxgen.solve.chain import Chain, Step, at
 from jaxgen.solve.euler_maruyama import EulerMaruyama, reverse_step
 from jaxgen.solve.semilinear import GridSolver, tabulate
+
+# Kinds of process with a published ancestral kernel.
+PUBLISHED = ("vp", "ve", "discrete_betas")
 
 __all__ = ["KERNELS", "ancestral", "as_predictor", "reverse_diffusion"]
 
@@ -48,9 +51,9 @@ def ancestral(chain: Chain) -> Step:
     """The ancestral predictor, equation (2): one call of the field.
 
     Raises:
-      ValueError: a process other than vp and ve.
+      ValueError: a process other than vp, ve and discrete betas.
     """
-    checks.one_of("kind of process for ancestral sampling", chain.sde.kind, ("vp", "ve"))
+    checks.one_of("kind of process for ancestral sampling", chain.sde.kind, PUBLISHED)
     a, b = chain.term.conversion(chain.first, "score")
     variance, decay, spread = chain.noise_std**2, chain.decay, chain.noise_std
     if chain.sde.kind == "ve":

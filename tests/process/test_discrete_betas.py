@@ -116,3 +116,27 @@ def test_sharded_times(sde, kind):
         back = jax.jit(sde.inverse_log_snr)(jax.jit(sde.log_snr)(sharded))
     np.testing.assert_allclose(alpha, sde.alpha(times), rtol=1e-6)
     np.testing.assert_allclose(back, times, atol=1e-4)
+
+
+def test_the_chain_of_all_steps_has_the_betas_themselves():
+    betas = np.linspace(1e-4, 0.02, 50)
+    chain = process.discrete_betas(betas).discretize(50)
+    np.testing.assert_allclose(chain.beta, betas, rtol=2e-5)
+    np.testing.assert_allclose(chain.decay, np.sqrt(1 - betas), rtol=1e-6)
+    np.testing.assert_allclose(chain.alpha**2, np.cumprod(1 - betas), rtol=1e-5)
+
+
+def test_a_chain_of_fewer_steps_has_the_same_marginals():
+    sde = process.discrete_betas(np.linspace(1e-4, 0.02, 50))
+    chain = sde.discretize(8)
+    variance = 0.0
+    for a, g in zip(np.asarray(chain.decay), np.asarray(chain.noise_std), strict=True):
+        variance = a**2 * variance + g**2
+    np.testing.assert_allclose(variance, sde.sigma(49.0) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(chain.alpha, sde.alpha(chain.t), rtol=1e-5)
+
+
+def test_a_span_of_time_that_is_not_one_goes_into_the_euler_chain():
+    # From a point, EDM's variance is t^2; a chain of Euler steps sums 2 t dt.
+    chain = process.edm(sigma_max=4.0).discretize(2000)
+    np.testing.assert_allclose(chain.sigma[-1], 4.0, rtol=2e-3)

@@ -17,6 +17,7 @@ CORRECTED = {"solver": "ancestral", "corrector": solve.langevin_corrector(norms=
 ROWS = {
     "euler_maruyama": {"solver": "euler_maruyama"},
     "heun": {"solver": "heun"},
+    "unipc": {"solver": "unipc"},
     "corrected": CORRECTED,
     "tsit5": {"solver": diffrax.Tsit5()},
 }
