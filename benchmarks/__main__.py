@@ -14,6 +14,8 @@ NAMES = {
     "hash_matmul": "a layer whose weight lives in a pool against the dense layer",
     "hash_matmul_tpu": "what the compiled TPU kernels need in memory, without a TPU",
     "shared_unet": "the digits U-Net in pools against smaller dense ones, trained and judged alike",
+    "solvers": "error against field evaluations for every named solver, and the time per sample",
+    "against_diffusers": "the fast samplers against diffusers on torch, same knots and weights",
     "sharing": "expand and its gradient against a stored index",
 }
 

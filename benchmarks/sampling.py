@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks.measure import Result, compare, compile_seconds
 from jaxgen import process, score, solve
@@ -155,6 +156,95 @@ def _indexed(key, shape, step):
     return jax.lax.scan(step, (x, x), (times, _betas(), keys))[0][1]
 
 
+# Multistep solvers: a user tabulates their coefficients on the host, then scans over the table.
+
+
+def _levels():
+    """Times, alpha, sigma and lambda = log(alpha/sigma) of the log-SNR grid, in float64."""
+    ends = np.array([1.0, 1e-3])
+    lam = np.linspace(*(_np_log_alpha(ends) - np.log(_np_sigma(ends))), STEPS + 1)
+    b = np.logaddexp(0, -2 * lam)
+    t = 2 * b / (BETA_MIN + np.sqrt(BETA_MIN**2 + 2 * (BETA_MAX - BETA_MIN) * b))
+    return t, np.exp(_np_log_alpha(t)), _np_sigma(t), lam
+
+
+def _np_log_alpha(t):
+    return -0.25 * t**2 * (BETA_MAX - BETA_MIN) - 0.5 * t * BETA_MIN
+
+
+def _np_sigma(t):
+    return np.sqrt(-np.expm1(2 * _np_log_alpha(t)))
+
+
+def _scan_table(step, carry, *columns):
+    table = tuple(jnp.asarray(c, jnp.float32) for c in columns)
+    return jax.lax.scan(lambda carry, row: (step(carry, *row), None), carry, table)[0]
+
+
+def _dpmpp_2m(field, key, shape):
+    t, alpha, sigma, lam = _levels()
+    h = np.diff(lam)
+    back = np.concatenate([[0.0], h[1:] / (2 * h[:-1])])
+
+    def step(carry, t, alpha, sigma, decay, gain, back):
+        x, last = carry
+        data = (x - sigma * _call(field, x, t)) / alpha
+        return decay * x + gain * (data + back * (data - last)), data
+
+    x = jax.random.normal(key, shape)
+    columns = t[:-1], alpha[:-1], sigma[:-1], sigma[1:] / sigma[:-1], -alpha[1:] * np.expm1(-h)
+    return _scan_table(step, (x, jnp.zeros_like(x)), *columns, back)[0]
+
+
+def _unipc_weights(alpha, sigma, lam, base, points):
+    """UniPC's update (bh2, data) over one interval: the state's factor and the outputs' weights.
+
+    ``points`` are the knots of the other outputs; a corrector has the interval's end among them.
+    """
+    h = lam[base + 1] - lam[base]
+    r = np.array([(lam[p] - lam[base]) / h for p in points])
+    big_h = np.expm1(-h)
+    moments, factorial = [], 1
+    phi = big_h / -h - 1
+    for i in range(1, len(points) + 1):
+        moments.append(phi * factorial / big_h)
+        factorial *= i + 1
+        phi = phi / -h - 1 / factorial
+    rho = (
+        np.array([0.5])
+        if len(points) == 1
+        else np.linalg.solve(np.vander(r, increasing=True).T, moments)
+    )
+    on_points = -alpha[base + 1] * big_h * rho / r
+    return sigma[base + 1] / sigma[base], -alpha[base + 1] * big_h - on_points.sum(), on_points
+
+
+def _unipc(field, key, shape, order=3):
+    t, alpha, sigma, lam = _levels()
+    factors, weights = np.zeros((STEPS, 2)), np.zeros((STEPS, 2, order + 1))
+    factors[0, 0] = 1.0
+    used = [min(order, n + 1, STEPS - n) for n in range(STEPS)]
+    for n in range(STEPS):
+        if n > 0:  # over the last interval again, the newest output among the points
+            points = [n, *(n - 1 - j for j in range(1, used[n - 1]))]
+            factors[n, 0], on_base, rest = _unipc_weights(alpha, sigma, lam, n - 1, points)
+            weights[n, 0, : len(points) + 1] = [rest[0], on_base, *rest[1:]]
+        points = [n - j for j in range(1, used[n])]
+        factors[n, 1], on_base, rest = _unipc_weights(alpha, sigma, lam, n, points)
+        weights[n, 1, : len(points) + 1] = [on_base, *rest]
+
+    def step(carry, t, alpha, sigma, factor, weight):
+        x, base, past = carry
+        outputs = (x - sigma * _call(field, x, t)) / alpha, *past
+        x = factor[0] * base + sum(w * o for w, o in zip(weight[0], outputs, strict=True))
+        ahead = factor[1] * x + sum(w * o for w, o in zip(weight[1], outputs, strict=True))
+        return ahead, x, outputs[:order]
+
+    x = jax.random.normal(key, shape)
+    carry = x, x, (jnp.zeros_like(x),) * order
+    return _scan_table(step, carry, t[:-1], alpha[:-1], sigma[:-1], factors, weights)[0]
+
+
 HAND_WRITTEN: dict[str, Callable] = {
     "euler_maruyama": _euler_maruyama,
     "ddim": _ddim,
@@ -162,6 +252,8 @@ HAND_WRITTEN: dict[str, Callable] = {
     "heun_time": _heun_time,
     "ancestral": _ancestral,
     "reverse_diffusion": _reverse_diffusion,
+    "dpmpp_2m": _dpmpp_2m,
+    "unipc": _unipc,
 }
 # The published index loops count steps, not intervals, and use the published grid.
 GRIDS = {"ancestral": "score_sde", "reverse_diffusion": "score_sde"}
