@@ -20,9 +20,9 @@ s = 0.008 the rates are
 
 Between integers log alpha is linear here: the rate is theta_t within the step that ends at t, (1)
 holds at every time, and log-SNR falls strictly. The released sampler interpolates alpha, sigma and
-log-SNR linearly, each for itself. The two agree at integers; in between (1) does not hold there: for
-the cosine tables of 100 steps sigma is up to 5 % too small in the first step, 0.5 % after the fifth,
-and half of log-SNR off by up to 0.11 and 0.01.
+log-SNR linearly, each for itself. The two agree at integers; in between (1) does not hold there:
+for the cosine tables of 100 steps sigma is up to 5 % too small in the first step and 0.5 % after
+the fifth, and half of log-SNR is off by up to 0.11 and 0.01.
 """
 
 import functools
