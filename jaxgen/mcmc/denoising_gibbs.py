@@ -116,7 +116,7 @@ class ChainRun(NamedTuple):
 
 
 def _event_ndim(state: GibbsState) -> int | None:
-    return None if state.level.ndim else state.x.ndim
+    return None if jnp.ndim(state.level) else jnp.ndim(state.x)
 
 
 def step(
@@ -175,7 +175,6 @@ def step(
       >>> state.x.shape, state.level.shape
       ((3, 2), (3,))
     """
-    state = check_state(state, jnp.size(levels))
     sweep = sweeper(
         field,
         sde,
@@ -188,6 +187,7 @@ def step(
         log_prior=log_prior,
         sigma_cap=sigma_cap,
     )
+    state = check_state(state, sweep.n)
     each = sample_keys(keys.check(key), state.level.shape, first_index)
     return sweep(each, state, check_step_size("step_size", step_size))
 
@@ -364,8 +364,8 @@ def chain(
     """
     skip, draws = checks.positive_int("skip", skip), checks.positive_int("draws", draws)
     checks.one_of("pick", pick, PICKS)
-    first = check_state(state, jnp.size(levels))
-    sweep = sweeper(field, sde, level_logits, levels, _event_ndim(first), **sweep_options)
+    sweep = sweeper(field, sde, level_logits, levels, _event_ndim(state), **sweep_options)
+    first = check_state(state, sweep.n)
     batch = first.level.shape
     eta = check_step_size("step_size", step_size)
     each = sample_keys(keys.check(key), batch, first_index)
