@@ -118,6 +118,8 @@ def cases():
     yield multi, {"solver_order": 3, **full}, (8,)
     two = {"algorithm_type": "dpmsolver++", "solver_order": 2}
     yield multi, {**two, "prediction_type": "v_prediction"}, (8,)
+    clip = {"thresholding": True, "dynamic_thresholding_ratio": 0.7, "sample_max_value": 2.0}
+    yield multi, {**two, **clip}, (8,)
     for order in (1, 2, 3):
         base = {"solver_order": order}
         yield "DEISMultistepScheduler", base, STEPS
@@ -136,7 +138,7 @@ def cases():
 
 
 def solve(scheduler, x: torch.Tensor, noises: np.ndarray) -> torch.Tensor:
-    """The end state from ``x``, an event of ``(4, 1)``."""
+    """The end state from ``x``, an event of ``(4, 1)``: thresholding takes two axes or more."""
     ratio = scheduler.sigmas.to(torch.float64)
     exploding = isinstance(scheduler, diffusers.HeunDiscreteScheduler)  # its state is x / alpha
     if exploding:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxgen import process, score, solve
+from jaxgen.solve import thresholding
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_diffusers.json").read_text())
 BETAS, MIXTURE = GOLDEN["betas"], GOLDEN["mixture"]
@@ -76,14 +77,21 @@ def _sampler(case, steps, sde):
     grid = np.asarray(GOLDEN["grids"][case["runs"][steps]["grid"]]["time"], np.float32)
     is_v = case["options"].get("prediction_type") == "v_prediction"
     mixture = score.closed_form.mixture(sde, *(np.asarray(v) for v in MIXTURE.values()))
+    field, prediction = (mixture.v, "v") if is_v else (mixture.noise, "noise")
+    if case["options"].get("thresholding"):
+        ratio, limit = (
+            case["options"][k] for k in ("dynamic_thresholding_ratio", "sample_max_value")
+        )
+        cut = thresholding.dynamic_threshold(ratio, limit=limit)
+        field, prediction = thresholding.thresholded(field, sde, cut), "data"
     sample = functools.partial(
         solve.sample,
         jax.random.key(0),
-        mixture.v if is_v else mixture.noise,
+        field,
         sde,
         solver=_ours(case["solver"], case["options"]),
         grid=grid,
-        prediction="v" if is_v else "noise",
+        prediction=prediction,
     )
 
     def one(x, noises):
