@@ -17,12 +17,14 @@ COMMANDS = {
     "plan": "print how a network would lie in a pool of a given size; train nothing",
     "sample": "draw samples from a trained run",
     "evaluate": "measure a trained run again, with other counts or another solver",
+    "compare": "draw solvers of a trained run side by side: quality against evaluations",
+    "search": "search a solver for a trained run at a few evaluations",
     "inpaint": "hide part of held-out images and let a trained run fill it in",
     "systems": "the published systems in this library, where they live, what was measured",
     "version": "versions and devices, for a bug report",
 }
 
-_HEAVY = ("train", "sample", "evaluate", "inpaint")
+_HEAVY = ("train", "sample", "evaluate", "compare", "search", "inpaint")
 
 _EXAMPLES = """\
   jaxgen train                                  handwritten digits in a few minutes on a laptop

@@ -9,7 +9,18 @@ import numpy as np
 
 from jaxgen.cli.errors import CommandError
 
-__all__ = ["check_out", "check_run", "check_solver", "explained", "write_npz"]
+__all__ = [
+    "WITH_STATISTICS",
+    "check_out",
+    "check_run",
+    "check_solver",
+    "explained",
+    "named_solver",
+    "write_npz",
+]
+
+# The solver that needs statistics of the run.
+WITH_STATISTICS = "dpmv3"
 
 
 def check_run(folder: Path) -> None:
@@ -24,18 +35,34 @@ def check_run(folder: Path) -> None:
         )
 
 
-def check_solver(name: str, steps: int | None) -> None:
+def check_solver(name: str, steps: int | None, *, more: tuple[str, ...] = ()) -> None:
     """Refuse a solver that does not exist, and a number of steps that makes none.
+
+    ``more`` are the names that ``named_solver`` knows beside those of ``solve.SOLVERS``.
 
     Raises:
       CommandError: which are there.
     """
     from jaxgen import solve
 
-    if name not in solve.SOLVERS:
-        raise CommandError(f"solver {name!r} is unknown; choose one of {', '.join(solve.SOLVERS)}")
+    names = (*solve.SOLVERS, *more)
+    if name not in names:
+        raise CommandError(f"solver {name!r} is unknown; choose one of {', '.join(names)}")
     if steps is not None and steps < 1:
         raise CommandError(f"--steps is {steps}; give at least 1")
+
+
+def named_solver(name: str, trained: Any, folder: Path) -> Any:
+    """What ``solve.sample`` takes for a name; for ``dpmv3``, with the run's own statistics.
+
+    Those are estimated where the run has none yet, and kept in its folder.
+    """
+    if name != WITH_STATISTICS:
+        return name
+    from jaxgen import solve
+    from jaxgen.train.recipes.statistics import statistics_of_run
+
+    return solve.dpmv3(statistics_of_run(trained, folder))
 
 
 def check_out(path: Path, suffixes: tuple[str, ...]) -> Path:

@@ -107,6 +107,11 @@ class Heun(GridSolver):
         factor = jnp.where(is_moved, raised.alpha / level.alpha, 1.0)
         return raised, factor, self.s_noise * jnp.where(is_moved, spread, 0.0)
 
+    @property
+    def stages(self) -> int:
+        """Two."""
+        return 2
+
     def coefficients(self, term: SemiLinearTerm, window: Window) -> Any:
         """The churn's numbers, the Euler step's and the correction's."""
         first, last = window.first, window.last

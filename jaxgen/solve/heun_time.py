@@ -24,6 +24,11 @@ __all__ = ["HeunTime"]
 class HeunTime(GridSolver):
     """The solver of the module docstring."""
 
+    @property
+    def stages(self) -> int:
+        """Two."""
+        return 2
+
     def coefficients(self, term: SemiLinearTerm, window: Window) -> Any:
         """Times, the step and the velocity's numbers at both ends."""
         first, last = window.first, window.last

@@ -145,7 +145,7 @@ class ExponentialMultistep(Multistep):
         """Order of the predictor of the ``back``-th interval before the window's own."""
         lams = window.past.lam
         shape = (-1,) + (1,) * (lams.ndim - 1)
-        known = jnp.arange(lams.shape[0]).reshape(shape) < window.count
+        known = jnp.arange(lams.shape[0]).reshape(shape) < window.begun
         usable = jnp.sum((known & jnp.isfinite(lams))[back:], axis=0, dtype=jnp.int32)
         order = jnp.clip(usable, 1, self.max_order)
         lowers = self.lower_order_final
@@ -213,7 +213,7 @@ class ExponentialMultistep(Multistep):
         order = jnp.where(is_finite, self._order(term, window, 1) + 1, 1)
         points = [last, *(window.at(j) for j in range(2, self.depth))]
         a, (on_base, on_new, *rest) = self._update(term, base, last, points, order)
-        is_first = window.count == 1
+        is_first = window.begun == 1
         weights = (jnp.where(is_first, 0.0, w) for w in (on_new, on_base, *rest))
         return Update(jnp.where(is_first, 1.0, a), (tuple(weights),))
 

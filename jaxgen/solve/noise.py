@@ -12,7 +12,14 @@ from jaxgen.core import checks
 from jaxgen.solve.path import AHEAD, GridPath, fold_each
 from jaxgen.solve.semilinear import GridSolver
 
-__all__ = ["Brownian", "draws_ahead", "is_sde_solver", "sample_keys", "sample_path"]
+__all__ = [
+    "Brownian",
+    "draws_ahead",
+    "is_sde_solver",
+    "needs_noise",
+    "sample_keys",
+    "sample_path",
+]
 
 Brownian = str | Callable[..., diffrax.AbstractBrownianPath] | None
 
@@ -33,7 +40,8 @@ def sample_keys(key: jax.Array, batch: tuple[int, ...], first_index: ArrayLike) 
     return fold_each(key, index)
 
 
-def _needs_noise(solver: diffrax.AbstractSolver) -> bool:
+def needs_noise(solver: diffrax.AbstractSolver) -> bool:
+    """Whether ``sample`` draws noise for a solver's steps."""
     if isinstance(solver, GridSolver):
         inner: Any = solver
         while not issubclass(type(inner), GridSolver):
@@ -59,7 +67,7 @@ def draws_ahead(solver: diffrax.AbstractSolver, steps: int, size: int) -> int:
 
     One draw for both compiles in half the time of two.
     """
-    is_plain = _needs_noise(solver) and _levy_area(solver) is diffrax.BrownianIncrement
+    is_plain = needs_noise(solver) and _levy_area(solver) is diffrax.BrownianIncrement
     return steps if is_plain and 0 < steps * size <= AHEAD else 0
 
 
@@ -92,7 +100,7 @@ def sample_path(
     """
     if brownian is not None and not callable(brownian):
         checks.one_of("brownian", brownian, ("grid", "tree"))
-    if not _needs_noise(solver):
+    if not needs_noise(solver):
         return None
     keeps_grid = controller is None and not isinstance(solver, diffrax.HalfSolver)
     if brownian is None:

@@ -170,7 +170,7 @@ def sample(
     sde: LinearSDE,
     shape: tuple[int, ...],
     *,
-    solver: str | diffrax.AbstractSolver = "heun",
+    solver: str | diffrax.AbstractSolver = "dpmpp_2m",
     steps: int | None = None,
     prediction: str = "noise",
     grid: str | ArrayLike | None = None,

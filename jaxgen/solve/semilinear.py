@@ -58,13 +58,13 @@ class Window(NamedTuple):
       past: entries ``(depth, ...)``, newest first: the level at the interval's start, then those at
         the starts of the intervals before it, the first knot again where there are none.
       last: the level at the interval's end.
-      count: intervals begun, this one among them; int32 ``()``.
+      begun: intervals begun, this one among them; int32 ``()``.
       left: intervals left, this one among them; int32 ``()``.
     """
 
     past: Level
     last: Level
-    count: jax.Array
+    begun: jax.Array
     left: jax.Array
 
     @property
@@ -227,6 +227,11 @@ class GridSolver(diffrax.AbstractItoSolver):
         return False
 
     @property
+    def stages(self) -> int:
+        """Field evaluations of a whole step."""
+        return 1
+
+    @property
     def depth(self) -> int:
         """Knots that ``coefficients`` sees: the interval's start and those before it."""
         return 1
@@ -274,7 +279,7 @@ class GridSolver(diffrax.AbstractItoSolver):
     def calls(self, term: SemiLinearTerm, numbers: Any) -> jax.Array:
         """Field evaluations of the whole grid, int32; ``numbers`` have the intervals in front."""
         del numbers
-        return jnp.asarray(term.steps, jnp.int32)
+        return jnp.asarray(self.stages * term.steps, jnp.int32)
 
     def plan(self, term: SemiLinearTerm) -> Sequence[tuple[int, bool | None]]:
         """Runs of steps as ``(count, is_full)``; see ``advance``."""

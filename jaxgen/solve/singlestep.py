@@ -62,6 +62,11 @@ class Singlestep(GridSolver):
         """The solver's name."""
         return self.label
 
+    @property
+    def stages(self) -> int:
+        """The inner stages and the first."""
+        return len(self.nodes) + 1
+
     def order(self, terms: Any) -> int:
         """One more than the inner stages."""
         return len(self.nodes) + 1

@@ -205,12 +205,14 @@ def test_edm_grid_to_zero_spares_one_call(key):
     for end in ({"t_end": 0.0}, {"grid": np.asarray(times)}):
         out = jax.jit(
             lambda k, end=end: solve.sample(
-                k, exact.data, sde, (4, 2), steps=10, prediction="data", **end
+                k, exact.data, sde, (4, 2), solver="heun", steps=10, prediction="data", **end
             )
         )(key)
         assert int(out.nfe) == 19 and bool(jnp.isfinite(out.x).all())
     traced = jax.jit(
-        lambda t: solve.sample(key, exact.data, sde, (4, 2), grid=t, prediction="data")
+        lambda t: solve.sample(
+            key, exact.data, sde, (4, 2), solver="heun", grid=t, prediction="data"
+        )
     )(times)
     assert int(traced.nfe) == 19
     np.testing.assert_allclose(traced.x, out.x, atol=1e-5)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ from jaxgen.train.data import Dataset
 from jaxgen.train.recipes.classifier import Judge, train_judge
 from jaxgen.train.recipes.score import DATA_RANGE, Experiment
 
-__all__ = ["Drawn", "draw", "evaluate", "likelihood"]
+__all__ = ["Drawn", "draw", "evaluate", "judged", "likelihood", "rounded", "sliced"]
 
 CHUNK = 125
 TOLERANCE = 1e-3
@@ -46,8 +47,9 @@ def draw(
     params: Any,
     n: int,
     *,
-    solver: str = "heun",
+    solver: str | diffrax.AbstractSolver = "heun",
     steps: int | None = None,
+    grid: np.ndarray | None = None,
     label: int | None = None,
     guidance: float = 1.0,
     advance: Callable[[int], None] | None = None,
@@ -59,8 +61,9 @@ def draw(
       experiment: what was trained.
       params: parameters of the network, usually the averaged ones.
       n: number of samples.
-      solver: a name of ``solve.SOLVERS``.
+      solver: a name of ``solve.SOLVERS``, or a solver.
       steps: its steps; ``None`` for the solver's default.
+      grid: falling times instead of the solver's own grid.
       label: a class that the network was trained with.
       guidance: scale of classifier-free guidance; 1 samples the label, more presses it.
       advance: called with the number of samples done after each chunk.
@@ -79,6 +82,7 @@ def draw(
             (CHUNK, *experiment.train.event),
             solver=solver,
             steps=steps,
+            grid=grid,
             prediction=experiment.prediction,
             first_index=first,
         )
@@ -149,8 +153,8 @@ def likelihood(
         name = "bits_per_dim"
         values = np.asarray(solve.bits_per_dim(out.log_prob, dims, levels, DATA_RANGE), np.float64)
     return {
-        name: _rounded(values.mean()),
-        f"{name}_standard_error": _rounded(values.std() / np.sqrt(n)),
+        name: rounded(values.mean()),
+        f"{name}_standard_error": rounded(values.std() / np.sqrt(n)),
         "likelihood": {
             "examples": n,
             "failed": int((~np.isfinite(log_prob)).sum()),
@@ -158,7 +162,7 @@ def likelihood(
             "estimator": "exact" if dims <= 4 else "hutchinson, one Rademacher probe",
             "tolerance": TOLERANCE,
             "first_time": float(experiment.sde.t_min),
-            "evaluations": _rounded(np.mean(np.asarray(out.nfe))),
+            "evaluations": rounded(np.mean(np.asarray(out.nfe))),
         },
     }
 
@@ -229,7 +233,7 @@ def _compared(
 ) -> dict[str, Any]:
     data = experiment.train
     if not data.is_image or data.label is None:
-        return timed("distances", "comparing", lambda: _sliced(key, data, drawn.x))
+        return timed("distances", "comparing", lambda: sliced(key, data, drawn.x))
     judge = timed(
         "classifier",
         "training the classifier that judges the samples",
@@ -248,6 +252,7 @@ def _halves(data: Dataset, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def judged(judge: Judge, data: Dataset, samples: np.ndarray) -> dict[str, Any]:
+    """Frechet distance and recognisability of images, by a classifier of the data."""
     # Quantised as real images are: the judge has seen nothing between two grey levels.
     made = data.to_unit(data.from_unit(samples))
     first, second = _halves(data, len(made))
@@ -257,24 +262,25 @@ def judged(judge: Judge, data: Dataset, samples: np.ndarray) -> dict[str, Any]:
     shares = np.bincount(top.argmax(axis=1), minlength=top.shape[1]) / len(top)
     return {
         "frechet": {
-            "model_to_data": _rounded(
+            "model_to_data": rounded(
                 metrics.frechet_distance(features[: len(first)], first_features)
             ),
-            "data_to_data": _rounded(metrics.frechet_distance(first_features, second_features)),
+            "data_to_data": rounded(metrics.frechet_distance(first_features, second_features)),
             "count": len(first),
             "features": f"{judge.feature_size} penultimate features of the classifier",
         },
         "classifier": {
-            "held_out_accuracy": _rounded(judge.accuracy),
-            "mean_top_probability": _rounded(top.max(axis=1).mean()),
-            "mean_top_probability_of_data": _rounded(first_top.max(axis=1).mean()),
-            "class_shares": [_rounded(share) for share in shares],
-            "smallest_class_share": _rounded(shares.min()),
+            "held_out_accuracy": rounded(judge.accuracy),
+            "mean_top_probability": rounded(top.max(axis=1).mean()),
+            "mean_top_probability_of_data": rounded(first_top.max(axis=1).mean()),
+            "class_shares": [rounded(share) for share in shares],
+            "smallest_class_share": rounded(shares.min()),
         },
     }
 
 
-def _sliced(key: jax.Array, data: Dataset, samples: np.ndarray) -> dict[str, Any]:
+def sliced(key: jax.Array, data: Dataset, samples: np.ndarray) -> dict[str, Any]:
+    """Sliced Wasserstein distance of samples to the data."""
     first, second = _halves(data, len(samples))
     made = samples[: len(first)]
     if data.levels is not None:
@@ -282,15 +288,15 @@ def _sliced(key: jax.Array, data: Dataset, samples: np.ndarray) -> dict[str, Any
     distance = jax.jit(lambda x, y: metrics.sliced_wasserstein(key, x, y, directions=256))
     return {
         "sliced_wasserstein": {
-            "model_to_data": _rounded(distance(made, first)),
-            "data_to_data": _rounded(distance(first, second)),
+            "model_to_data": rounded(distance(made, first)),
+            "data_to_data": rounded(distance(first, second)),
             "count": len(first),
             "units": "of the data as the network sees them",
         }
     }
 
 
-def _rounded(value: Any) -> float | None:
+def rounded(value: Any) -> float | None:
     """Five digits, and ``None`` for what is no number, so that the file stays plain JSON."""
     number = float(value)
     return float(f"{number:.5g}") if np.isfinite(number) else None

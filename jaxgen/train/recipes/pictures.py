@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["draw_curves", "draw_grid", "draw_points"]
+__all__ = ["draw_comparison", "draw_curves", "draw_grid", "draw_points"]
 
 
 def _figure(width: float, height: float) -> Any:
@@ -97,4 +97,37 @@ def draw_curves(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         axes.set_xlabel("step")
         axes.set_title(title)
         axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_comparison(path: Path, rows: Sequence[dict[str, Any]], reference: str) -> None:
+    """Quality against evaluations, a line for each solver, from the rows of ``Comparison``.
+
+    Args:
+      path: the PNG file.
+      rows: ``solver``, ``evaluations``, ``rmse`` or ``None``, and a distance to the data.
+      reference: what the RMSE is taken to.
+    """
+    kind = "frechet" if "frechet" in rows[0] else "sliced_wasserstein"
+    title = {"frechet": "Frechet distance", "sliced_wasserstein": "sliced Wasserstein distance"}
+    panels = (("rmse", f"RMSE to {reference}"), (kind, f"{title[kind]} to the data"))
+    names = list(dict.fromkeys(row["solver"] for row in rows))
+    figure = _figure(12.0, 4.8)
+    for axes, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        for i, name in enumerate(names):
+            own = [r for r in rows if r["solver"] == name and r[key] is not None]
+            marker = "osD^vPX*"[i % 8]
+            x, y = [r["evaluations"] for r in own], [r[key] for r in own]
+            # Drawn empty where it is left out, so that both panels have the same colours.
+            axes.plot(x, y, marker=marker, markersize=4, color=f"C{i % 10}", label=name)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        ticks = sorted({r["evaluations"] for r in rows})
+        axes.set_xticks(ticks, [str(t) for t in ticks])
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        axes.set_xlabel("evaluations of the network")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    axes.axhline(rows[0]["data_to_data"], color="gray", linestyle=":", label="data to data")
+    axes.legend(fontsize=8)
     _save(figure, path)
