@@ -72,10 +72,10 @@ class _MLP(nn.Module):
         return nn.Dense(size)(x)
 
 
-def _mlp() -> Case:
+def _mlp(batch: int = 256) -> Case:
     import torch
 
-    shape = (256, 16)
+    shape = (batch, 16)
     net = _MLP()
     variables = net.init(jax.random.key(0), jnp.zeros(shape), jnp.zeros(shape[0]))
     layers = []
@@ -226,11 +226,11 @@ def run(*, quick: bool) -> Iterator[Result | Missing]:
     except ImportError as error:
         yield Missing("against_diffusers", "all", error.name or "diffusers")
         return
-    fields = {"mixture": _mixture, "mlp": _mlp, "conv": _conv}
+    fields: dict[str, Callable[[], Case]] = {"mixture": _mixture, "mlp": _mlp}
+    if not quick:
+        fields |= {"mlp_of_16": functools.partial(_mlp, 16), "conv": _conv}
     labels = ("dpmpp_2m", "unipc_3") if quick else tuple(_solvers())
     for name, make in fields.items():
-        if quick and name == "conv":
-            continue
         case = make()
         for label in labels:
             for steps in (10,) if quick else (10, 20):
