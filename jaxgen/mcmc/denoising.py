@@ -1,15 +1,16 @@
 r"""Denoising MCMC: states of a denoising Gibbs chain, each denoised from its own noise level.
 
-Kim and Ye, ICML 2023, arXiv 2209.14593. The chain stays near the data at modest noise,
-so that an integrator from there needs far fewer evaluations than one from pure noise. The end is
-one Tweedie step, x + e^2 grad log p_e(x), the data prediction at the last level e. A state that is
-already at or below the last level is denoised by that step alone, from its own level: a grid from
-it would run upwards.
+Kim and Ye, ICML 2023, arXiv 2209.14593. The chain stays near the data at modest noise, so that an
+integrator from there needs far fewer evaluations than one from pure noise. The end is one Tweedie
+step, x + e^2 grad log p_e(x), the data prediction at the last level e. A state that is already at
+or below the last level is denoised by that step alone, from its own level: a grid from it would run
+upwards.
 
-The gain is one of few steps. At equal evaluations the chain wins by far at 10, and from about 16 on
-samples from noise are as good (``tests/claims/test_denoising_mcmc.py`` has the figures). Draws of
-one chain are correlated, so that standard errors of independent samples are too small. The count
-``nfe`` has everything in it: first states, chain, integrator and Tweedie steps.
+The gain is one of few evaluations: with Heun's solver the chain wins by far at 10, and from about
+16 on samples from noise are as good; with multistep solvers they are from about 10 on
+(``tests/claims/test_denoising_mcmc.py`` has the figures). Samples of one chain are correlated, so
+that standard errors of independent ones are too small. The count ``nfe`` has everything in it:
+first states, chain, integrator and Tweedie steps.
 """
 
 import dataclasses

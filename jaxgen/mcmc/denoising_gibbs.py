@@ -1,7 +1,7 @@
 r"""Denoising Langevin Gibbs: a Markov chain on a noisy state and its noise level together.
 
-Kim and Ye, ICML 2023, arXiv 2209.14593. With p_sigma = data * N(0, sigma^2 I) and a
-prior pi of the levels, the chain's law is
+Kim and Ye, ICML 2023, arXiv 2209.14593. With p_sigma = data * N(0, sigma^2 I) and a prior pi of the
+levels, the chain's law is
 
     p(x, sigma) ~ p_sigma(x) pi(sigma)                                                      (1)
 

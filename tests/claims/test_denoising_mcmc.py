@@ -2,20 +2,23 @@
 
 The claim: at equal evaluations, samples denoised from a Gibbs chain on state and noise level are
 better than samples denoised from pure noise. Evaluations are counted as the paper does, but with
-the Tweedie step (which is taken on both sides here); the chain's first states cost 57 more for
-each chain, 1.14 for each of its 50 samples, so that 10 evaluations are 11.14 in all.
+the Tweedie step (both sides take it, but for reverse diffusion); the chain's first states, not
+counted, cost 57 more for each chain, 1.14 for each of its 50 samples.
 
-It is a claim about few evaluations. Measured below (nine modes in 32 dimensions, sliced
-2-Wasserstein distance, three seeds, noise against chain):
+It is a claim about few evaluations. Sliced 2-Wasserstein distance on nine modes in 32 dimensions,
+Heun's solver, three seeds (10,000 independent draws of the law itself: 0.018 to 0.037):
 
-    10 evaluations   0.471 0.472 0.473   0.092 0.111 0.111
-    14               0.149 0.142 0.144   0.064 0.090 0.110
-    16               0.074 0.054 0.068   0.059 0.088 0.112
-    20               0.065 0.054 0.064   0.057 0.088 0.114
+    evaluations   from noise           from the chain        variance within a mode (truth 0.0100)
+    10            0.385 0.382 0.377    0.068 0.081 0.082     0.105, 0.028
+    12            0.093                                      0.037
+    14            0.104 0.105 0.103    0.046 0.064 0.078     0.026, 0.020
+    16            0.058 0.057 0.057    0.042 0.061 0.079     0.020, 0.017
+    20            0.048 0.048 0.049    0.040 0.061 0.080     0.015, 0.014
 
-10,000 independent draws of the law are at 0.05. From 16 on noise is there, while the chain, whose
-10,000 samples are correlated, has still to find the right weights of the modes; the variance within
-a mode (truth 0.0100) meets: 0.0203 and 0.0168 at 16, 0.0149 and 0.0143 at 20.
+From 16 on they meet: what is left of the chain's distance is in the weights of the modes, as its
+samples are correlated. With its first states counted, 10 are 11.14, and noise has 0.093 at 12. Nor
+is it a claim about better solvers: from noise ``dpmpp_2m`` is at 0.049 with 10 evaluations, where
+the chain with 4 sweeps is at 0.042 and 0.062; with 6 it is at 0.103, the chain at 0.063 and 0.079.
 """
 
 import functools
@@ -166,6 +169,37 @@ def test_from_sixteen_evaluations_on_they_meet(nfe, seed):
     assert narrow < wide < 1.3 * narrow
 
 
+# --- what the claim does not say ------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_with_its_first_states_counted_the_chain_is_still_ahead():
+    noise, (far, _) = heun_from_noise(jax.random.key(0), 6)
+    _, (near, _), chain = compare(10, 0)
+    print(f"{int(noise.nfe[0])} evaluations from noise: {far:.3f}")
+    assert noise.nfe[0] == 12 > chain.nfe_per_sample
+    assert near < far
+
+
+@functools.partial(jax.jit, static_argnames=("nfe", "skip"))
+def multistep(key, nfe, skip):
+    field, options = law(EDM).noise, {"solver": "dpmpp_2m", "grid": "karras"}
+    noise = denoise_noise(key, field, EDM, CHAINS * DRAWS, SIZE, steps=nfe - 1, **options)
+    options |= {"step_size": 0.8, "skip": skip, "draws": DRAWS, "steps": nfe - 1 - skip}
+    chain = mcmc.denoising_mcmc(key, field, EDM, logits, GRID, (CHAINS, SIZE), **options)
+    return noise.nfe[0], (chain.nfe - chain.spent.init) / DRAWS, measure(noise.x), measure(chain.x)
+
+
+@pytest.mark.slow
+def test_a_multistep_solver_needs_the_chain_below_ten_evaluations_only():
+    for nfe, skip in ((6, 2), (10, 4)):
+        for seed in (0, 1):
+            spent, by_chain, (far, _), (near, _) = multistep(jax.random.key(seed), nfe, skip)
+            print(f"{nfe} evaluations, seed {seed}: {far:.3f} from noise, {near:.3f}")
+            assert spent == by_chain == nfe
+            assert near < 0.85 * far if nfe == 6 else far < 0.06
+
+
 # --- reverse diffusion, and its deterministic form ------------------------------------------------
 
 VE = process.ve(0.01, 50.0)
@@ -293,7 +327,7 @@ def test_ten_evaluations_on_ten_points(seed):
 
 @pytest.mark.slow
 def test_levels_drift_slowly_and_a_cap_holds_them():
-    """Unadjusted Langevin pushes levels up: look at the quantiles in the result."""
+    """Medians of 2.0, 2.8, 3.3 and 4.3 after 50, 200, 500 and 1000 sweeps (6.4 after 4000)."""
 
     @functools.partial(jax.jit, static_argnames=("cap",))
     def medians(key, cap):
@@ -308,13 +342,13 @@ def test_levels_drift_slowly_and_a_cap_holds_them():
             GRID,
             step_size=0.8,
             skip=50,
-            draws=80,
+            draws=20,
             sigma_cap=cap,
         ).info
         return jnp.median(GRID[info.level[:, -1]], axis=-1)
 
     after = np.asarray(medians(jax.random.key(0), None))
     capped = np.asarray(medians(jax.random.key(0), 5.0))
-    print({50 * (i + 1): round(float(after[i]), 2) for i in (0, 3, 9, 19, 79)}, capped[-1])
-    assert 1.8 < after[0] < 2.6 and after[-1] > 4
-    assert capped[-20:].max() < 3.5
+    print({50 * (i + 1): round(float(after[i]), 2) for i in (0, 3, 9, 19)}, capped[-1])
+    assert 1.8 < after[0] < 2.3 and 4 < after[-1] < 5
+    assert capped.max() < 3.6
