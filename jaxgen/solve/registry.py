@@ -12,6 +12,7 @@ import diffrax
 from jaxgen.core import checks
 from jaxgen.solve.ddim import DDIM
 from jaxgen.solve.euler_maruyama import EulerMaruyama
+from jaxgen.solve.euler_time import EulerTime
 from jaxgen.solve.heun import Heun
 from jaxgen.solve.heun_time import HeunTime
 from jaxgen.solve.multistep import deis, dpm, dpmpp, unipc
@@ -41,6 +42,7 @@ SOLVERS: dict[str, Entry] = {
     "reverse_diffusion": Entry(None, "time", 1000),
     "ancestral": Entry(None, "time", 1000),
     "ddim": Entry(DDIM, "log_snr", 20),
+    "euler_time": Entry(EulerTime, "time", 20),
     "heun_time": Entry(HeunTime, "time", 20),
     "heun": Entry(Heun, "karras", 20),
     "dpm_2": Entry(dpm_2, "log_snr", 20),
