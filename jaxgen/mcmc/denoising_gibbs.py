@@ -338,7 +338,7 @@ def chain(
         chain is then slightly biased, and draws may repeat (``info.distinct``). ``"last"`` keeps
         the last.
       restart: put a chain whose state is not finite, or has no level, back to its first state, and
-        count it. Otherwise it is NaN from there on.
+        count it. Otherwise it is NaN from there on, and an error under ``checkify``.
       progress: ``True`` shows a meter.
       first_index: see ``step``.
       **sweep_options: ``prediction``, ``select``, ``scaling``, ``log_prior`` and ``sigma_cap`` of
@@ -379,6 +379,9 @@ def chain(
             is_lost = ~is_finite | (state.level == sweep.n)
             state = _where(is_lost, first, state)
             restarts = restarts + is_lost.astype(jnp.int32)
+        else:
+            has_level = state.level < sweep.n
+            checks.debug_check(jnp.all(has_level), "a chain is lost, sweep {j}", j=j)
         if pick == "last":
             kept = state
         else:  # levels fall with their index; that of a chain without a level is out of range

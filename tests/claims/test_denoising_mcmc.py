@@ -18,7 +18,7 @@ Heun's solver, three seeds (10,000 independent draws of the law itself: 0.018 to
 From 16 on they meet: what is left of the chain's distance is in the weights of the modes, as its
 samples are correlated. With its first states counted, 10 are 11.14, and noise has 0.093 at 12. Nor
 is it a claim about better solvers: from noise ``dpmpp_2m`` is at 0.049 with 10 evaluations, where
-the chain with 4 sweeps is at 0.042 and 0.062; with 6 it is at 0.103, the chain at 0.063 and 0.079.
+the chain with 4 sweeps is at 0.042 and 0.062; with 6 it is at 0.105, the chain at 0.063 and 0.079.
 """
 
 import functools

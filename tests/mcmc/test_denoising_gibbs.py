@@ -343,6 +343,13 @@ def test_a_lost_chain_is_nan_or_restarted():
     np.testing.assert_array_equal(np.asarray(run.info.restarts) > 0, is_lost)
 
 
+@pytest.mark.slow
+def test_a_lost_chain_is_an_error_under_checkify():
+    error, _ = checkify.checkify(lambda key: run_lossy(key, False))(jax.random.key(0))
+    with pytest.raises(checkify.JaxRuntimeError, match=r"a chain is lost|t is outside"):
+        error.throw()
+
+
 def test_a_level_out_of_range_gives_nan_and_an_error_under_checkify():
     def run(level):
         return gibbs.step(
