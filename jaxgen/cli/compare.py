@@ -70,7 +70,7 @@ def run(words: Sequence[str]) -> int:
     from jaxgen.train.recipes.run import open_run
 
     trained = open_run(args.dir)
-    solvers = {name: named_solver(name, trained, args.dir) for name in args.solvers}
+    solvers = {name: named_solver(name, trained) for name in args.solvers}
     comparison = Comparison(
         trained.experiment,
         trained.params,

@@ -52,17 +52,20 @@ def check_solver(name: str, steps: int | None, *, more: tuple[str, ...] = ()) ->
         raise CommandError(f"--steps is {steps}; give at least 1")
 
 
-def named_solver(name: str, trained: Any, folder: Path) -> Any:
+def named_solver(name: str, trained: Any, **options: Any) -> Any:
     """What ``solve.sample`` takes for a name; for ``dpmv3``, with the run's own statistics.
 
-    Those are estimated where the run has none yet, and kept in its folder.
+    Those are estimated where the run has none yet, and kept in its folder. ``options`` are those of
+    ``statistics_of_run``.
     """
     if name != WITH_STATISTICS:
         return name
+    import jax
+
     from jaxgen import solve
     from jaxgen.train.recipes.statistics import statistics_of_run
 
-    return solve.dpmv3(statistics_of_run(trained, folder))
+    return solve.dpmv3(statistics_of_run(jax.random.key(0), trained, progress=True, **options))
 
 
 def check_out(path: Path, suffixes: tuple[str, ...]) -> Path:

@@ -9,11 +9,20 @@ import tyro
 
 from jaxgen.cli.errors import CommandError
 from jaxgen.cli.flags import parse
-from jaxgen.cli.runs import check_out, check_run, check_solver, explained, write_npz
+from jaxgen.cli.runs import (
+    WITH_STATISTICS,
+    check_out,
+    check_run,
+    check_solver,
+    explained,
+    named_solver,
+    write_npz,
+)
 
 __all__ = ["run"]
 
 PROG = "jaxgen sample"
+DEFAULT = "dpmpp_2m"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +33,8 @@ class Sample:
 
       jaxgen sample runs/digits-vp --n 100
       jaxgen sample runs/digits-vp --solver ddim --steps 10 --seed 7 --out ten-steps.png
+      jaxgen sample runs/digits-vp --solver dpmv3 --steps 10
+      jaxgen sample runs/digits-vp --schedule runs/digits-vp/schedule-nfe5.json
       jaxgen sample runs/digits-vp --n 5000 --out digits.npz
       jaxgen sample runs/labelled --label 3 --guidance 2
     """
@@ -32,10 +43,14 @@ class Sample:
     """The run's folder."""
     n: int = 100
     """Number of samples; the first k of them are the same whatever the number."""
-    solver: str = "heun"
-    """euler_maruyama, reverse_diffusion, ancestral, heun, heun_time, ddim, ..."""
+    solver: str = DEFAULT
+    """ddim, heun, dpm_2, dpm_3, dpmpp_2s, dpm_2m, dpm_3m, dpmpp_2m, dpmpp_3m, unipc, deis, and dpmv3
+    with statistics of the run, estimated once; with noise dpmpp_2m_sde, dpmpp_3m_sde,
+    euler_maruyama, reverse_diffusion, ancestral; in time euler_time, heun_time."""
     steps: int | None = None
     """Steps of the solver; by default its own number."""
+    schedule: Path | None = None
+    """A schedule that `jaxgen search` found, instead of a solver and its steps."""
     seed: int = 0
     """Of the noise."""
     out: Path | None = None
@@ -51,7 +66,14 @@ def run(words: Sequence[str]) -> int:
     args = parse(Sample, words, prog=PROG)
     check_run(args.dir)
     out = check_out(args.out or args.dir / "sampled.png", (".png", ".npz"))
-    check_solver(args.solver, args.steps)
+    check_solver(args.solver, args.steps, more=(WITH_STATISTICS,))
+    if args.schedule is not None:
+        if args.solver != DEFAULT or args.steps is not None:
+            raise CommandError("--schedule is a solver with its steps; leave out --solver, --steps")
+        if not args.schedule.is_file():
+            raise CommandError(
+                f"--schedule {args.schedule} is no file; find one by jaxgen search {args.dir}"
+            )
     if args.n < 1 or args.seed < 0:
         raise CommandError(f"--n is {args.n} and --seed {args.seed}; give n >= 1 and seed >= 0")
 
@@ -64,14 +86,16 @@ def run(words: Sequence[str]) -> int:
 
     trained = open_run(args.dir)
     _check_label(args, trained.experiment)
+    solver, grid = _solver(args, trained)
     with meter(args.n, description="sampling", unit="sample") as bar, explained():
         drawn = draw(
             jax.random.key(args.seed),
             trained.experiment,
             trained.params,
             args.n,
-            solver=args.solver,
+            solver=solver,
             steps=args.steps,
+            grid=grid,
             label=args.label,
             guidance=args.guidance,
             advance=bar.update,
@@ -92,6 +116,17 @@ def run(words: Sequence[str]) -> int:
         f"{drawn.how['evaluations']} evaluations"
     )
     return 0
+
+
+def _solver(args: Sample, trained: Any) -> tuple[Any, Any]:
+    """The solver, and the grid that goes with a schedule."""
+    with explained():
+        if args.schedule is None:
+            options = {"label": args.label, "guidance": args.guidance}
+            return named_solver(args.solver, trained, **options), None
+        from jaxgen.train.recipes.schedules import load_solver
+
+        return load_solver(args.schedule, trained.experiment)
 
 
 def _check_label(args: Sample, experiment: Any) -> None:
