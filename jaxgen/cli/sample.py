@@ -44,8 +44,8 @@ class Sample:
     n: int = 100
     """Number of samples; the first k of them are the same whatever the number."""
     solver: str = DEFAULT
-    """ddim, heun, dpm_2, dpm_3, dpmpp_2s, dpm_2m, dpm_3m, dpmpp_2m, dpmpp_3m, unipc, deis, and dpmv3
-    with statistics of the run, estimated once; with noise dpmpp_2m_sde, dpmpp_3m_sde,
+    """ddim, heun, dpm_2, dpm_3, dpmpp_2s, dpm_2m, dpm_3m, dpmpp_2m, dpmpp_3m, unipc, deis, and
+    dpmv3 with statistics of the run, estimated once; with noise dpmpp_2m_sde, dpmpp_3m_sde,
     euler_maruyama, reverse_diffusion, ancestral; in time euler_time, heun_time."""
     steps: int | None = None
     """Steps of the solver; by default its own number."""

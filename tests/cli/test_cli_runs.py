@@ -303,6 +303,38 @@ def test_sample_writes_pictures_and_arrays(moons, tmp_path, capsys):
     ]
 
 
+def test_sample_with_statistics_that_are_kept(moons, tmp_path, capsys):
+    words = ["sample", str(moons), "--solver", "dpmv3", "--steps", "4", "--n", "3", "--out"]
+    assert main([*words, str(tmp_path / "a.npz")]) == 0
+    assert "dpmv3 on the log_snr grid, 4 steps, 4 evaluations" in capsys.readouterr().out
+    kept = snapshot(moons / "statistics")
+    assert kept
+    assert main([*words, str(tmp_path / "b.npz")]) == 0
+    assert snapshot(moons / "statistics") == kept
+    first, again = (np.load(tmp_path / name)["x"] for name in ("a.npz", "b.npz"))
+    assert np.isfinite(first).all() and (first == again).all()
+
+
+def test_compare_goes_on_with_the_rows_it_has(moons, tmp_path, capsys):
+    out = tmp_path / "compare.png"
+    words = ["compare", str(moons), "--evaluations", "4", "--n", "2", "--out", str(out), "--solvers"]
+    assert main([*words, "heun", "dpmpp_2m_sde"]) == 0
+    first = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert [(r["solver"], r["steps"], r["evaluations"]) for r in first] == [
+        ("heun", 2, 4),
+        ("dpmpp_2m_sde", 4, 4),
+    ]
+    assert first[0]["rmse"] > 0 and first[1]["rmse"] is None
+    assert all(r["sliced_wasserstein"] > 0 for r in first)
+    assert out.stat().st_size > 0 and "sliced_wasserstein" in capsys.readouterr().out
+    kept = out.with_suffix(".json").read_text()
+    assert main([*words, "heun", "dpmpp_2m_sde"]) == 0
+    assert out.with_suffix(".json").read_text() == kept
+    capsys.readouterr()
+    assert main([*words, "dpm_3m", "--evaluations", "2"]) == 2
+    assert "no solver can do with so few" in capsys.readouterr().err
+
+
 def test_sample_a_label(digits, tmp_path):
     out = tmp_path / "x.npz"
     words = ["--n", "3", "--solver", "ddim", "--steps", "3", "--label", "3", "--guidance", "2"]
@@ -391,7 +423,7 @@ def test_a_falling_rate_is_bent_only_on_request(tmp_path, capsys):
 
 
 def test_commands_that_need_a_run(tmp_path, capsys):
-    for command in ("sample", "evaluate", "inpaint"):
+    for command in ("sample", "evaluate", "compare", "search", "inpaint"):
         assert "jaxgen train" in refused(capsys, command, tmp_path / "none")
 
 
@@ -407,6 +439,10 @@ def test_commands_that_need_a_run(tmp_path, capsys):
         (("sample", "--guidance", "2"), "--label"),
         (("evaluate", "--n", "1"), "--n"),
         (("evaluate", "--solver", "best"), "heun"),
+        (("sample", "--schedule", "none.json"), "jaxgen search"),
+        (("sample", "--solver", "unipc", "--schedule", "none.json"), "leave out --solver"),
+        (("compare", "--solvers", "best"), "dpmv3"),
+        (("compare", "--evaluations", "0"), "at least 1"),
         (("inpaint",), "no images"),
         (("inpaint", "--steps", "1"), "--steps"),
     ],
