@@ -82,10 +82,10 @@ def main() -> None:
         print(result.to_line(), flush=True)
     panels = {"truth": made.truth, "measurement": made.measured, **images}
     draw = [
-        (f"{name}, {psnr(x, made.truth):.1f} dB" if name != "truth" else name, 2 * x[:50] - 1)
+        (f"{name}, {psnr(x, made.truth):.1f} dB" if name != "truth" else name, 2 * x[:49] - 1)
         for name, x in panels.items()
     ]
-    pictures.draw_grid(args.file, [(t, np.asarray(x)) for t, x in draw], columns=5)
+    pictures.draw_grid(args.file, [(t, np.asarray(x)) for t, x in draw], columns=7)
 
 
 if __name__ == "__main__":

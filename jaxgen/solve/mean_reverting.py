@@ -116,14 +116,16 @@ def mr_field(net: Net, sde: LinearSDE, fit_target: str = "noise") -> tuple[Field
 
 
 def _anchored(
-    mu: ArrayLike, sde: LinearSDE, shape: tuple[int, ...] | None
-) -> tuple[LinearSDE, tuple[int, ...]]:
-    """The process with its anchor, and the shape of the samples."""
+    mu: ArrayLike, sde: LinearSDE, shape: tuple[int, ...] | None, options: dict[str, Any]
+) -> tuple[LinearSDE, tuple[int, ...], dict[str, Any]]:
+    """The process with its anchor, the shape of the samples, and options with ``mu``'s dtype."""
     mu = checks.floating("mu", mu)
     own = dataclasses.replace(sde, mu=mu)
     shape = mu.shape if shape is None else tuple(shape)
     own.centre(jax.ShapeDtypeStruct(shape, mu.dtype))  # type: ignore[arg-type]
-    return own, shape
+    if options.get("dtype") is None and options.get("x_init") is None:
+        options = {**options, "dtype": mu.dtype}
+    return own, shape, options
 
 
 # --- the grids ------------------------------------------------------------------------------------
@@ -293,9 +295,10 @@ def mr_sample(
       denoise_last: return the data prediction at the last but one time, in place of a last step.
       third: coefficients of order 3, ``"exact"``, or ``"official"`` of order 2 (see ``multistep``).
       lower_order_final: lower the order of the last steps; ``None``: where there are fewer than 10
-        (module docstring).
-      **options: ``x_init``, ``dtype``, ``event_ndim``, ``first_index`` and ``progress`` of
-        ``sample``.
+        (module docstring). ``True`` serves data prediction on ``"linspace"``, whose last step spans
+        the most log-SNR: a fifth of the error at 10 steps, a third at 20 (Gaussian data).
+      **options: ``x_init``, ``dtype`` (``x_init``'s or else ``mu``'s if ``None``), ``event_ndim``,
+        ``first_index`` and ``progress`` of ``sample``.
 
     Returns:
       A ``Sample``; ``nfe`` equals ``steps``.
@@ -327,7 +330,7 @@ def mr_sample(
             f"steps is {steps} for order {order} with denoise_last={denoise_last}; expected at "
             f"least {order + denoise_last}"
         )
-    own, shape = _anchored(mu, sde, shape)
+    own, shape, options = _anchored(mu, sde, shape, options)
     made = ExponentialMultistep(
         predict,
         order,
@@ -373,7 +376,7 @@ def _baseline(
     fit_target: str,
     options: dict[str, Any],
 ) -> Sample:
-    own, shape = _anchored(mu, sde, shape)
+    own, shape, options = _anchored(mu, sde, shape, options)
     field, prediction = mr_field(net, own, fit_target)
     grid = mr_grid("linspace", own, steps, lam_min=None)
     return sample(

@@ -382,7 +382,7 @@ def test_batch_shaped_anchors_transforms_and_precision(key):
             run(key, mu),
             run(key, mu[2:], first_index=2),
             jax.vmap(lambda k, m: run(k, m, shape=(2, 4)))(jax.random.split(key, 3), mu),
-            run(key, mu, dtype=jnp.bfloat16),
+            run(key, mu.astype(jnp.bfloat16)),
         )
 
     batched, alone, mapped, half = runs(key, jnp.asarray(MU, jnp.float32))
