@@ -3,7 +3,9 @@
 Liu et al., arXiv 2312.07243, and the rates of their released search. All that is drawn comes from
 the key, on the host: these are a few hundred small arrays, and no two of them should compile
 anything. Knots move in log-SNR, by a share of the mean spacing, so that a process is not needed;
-the first and the last stay.
+the first and the last stay. Beyond the published rates, the number of changes is drawn for each
+child, so that some are near their parent, and knots also move along the parents' differences, which
+finds better schedules within some hundred scores.
 """
 
 import dataclasses
@@ -43,10 +45,11 @@ class EvolutionConfig:
 
     Attributes:
       parents: the best so many of the archive.
+      knots: share of children that differ from a parent mainly in their knots.
       crossover: probability that a child has two parents.
       mixing: probability that type and order of two parents are then mixed step by step.
       rate: probability of each change, a step.
-      spread: standard deviation of a moved knot, in units of the mean spacing in log-SNR.
+      spread: largest standard deviation of moved knots, in units of the mean spacing in log-SNR.
       coef_spread: of a changed ``relax_coef``.
       relocate: probability that a step is taken out and another put in.
       types: probabilities of noise, data and statistics.
@@ -58,11 +61,12 @@ class EvolutionConfig:
       ValueError: probabilities that are none.
     """
 
-    parents: int = 15
+    parents: int = 8
+    knots: float = 0.7
     crossover: float = 0.3
     mixing: float = 0.5
     rate: float = 0.3
-    spread: float = 0.3
+    spread: float = 0.5
     coef_spread: float = 0.03
     relocate: float = 0.2
     types: tuple[float, float, float] = (0.5, 0.5, 0.0)
@@ -70,7 +74,7 @@ class EvolutionConfig:
     afs: tuple[float, float, float] = (1.0, 0.0, 0.0)
 
     def __post_init__(self) -> None:
-        for name in ("crossover", "mixing", "rate", "relocate"):
+        for name in ("knots", "crossover", "mixing", "rate", "relocate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a probability")
         for name, count in (("types", 3), ("orders", 4), ("afs", 3)):
@@ -132,13 +136,54 @@ def crossover(
 def offspring(
     rng: np.random.Generator, parents: Sequence[SolverSchedule], config: EvolutionConfig
 ) -> SolverSchedule:
-    """A child of parents drawn evenly."""
-    first = parents[int(rng.integers(len(parents)))]
+    """A child of parents, which come best first; the better ones have more.
+
+    A share of the children differ from a parent mainly in their knots, moved along the difference
+    of two other parents (differential evolution: Storn and Price 1997) or at random.
+    """
+    first = parents[int(len(parents) * rng.random() ** 2)]
     mates = [p for p in parents if p.steps == first.steps and p is not first]
     child = as_host(first)
+    if rng.random() < config.knots:
+        child = _with_moved_knots(rng, child, mates, config)
+        if rng.random() < 0.5:
+            return _repaired(child)
+        few = dataclasses.replace(config, rate=0.5 * config.rate, relocate=0.0, spread=0.0)
+        return _mutate(rng, child, few)
     if mates and rng.random() < config.crossover:
         child = _crossover(rng, child, as_host(mates[int(rng.integers(len(mates)))]), config)
     return _mutate(rng, child, config)
+
+
+def _with_moved_knots(
+    rng: np.random.Generator,
+    schedule: SolverSchedule,
+    mates: list[SolverSchedule],
+    config: EvolutionConfig,
+) -> SolverSchedule:
+    if schedule.steps < 2:
+        return schedule
+    inner = schedule.lam[1:-1].astype(np.float64)
+    spacing = _inner(schedule.lam)[2]
+    if len(mates) > 1 and rng.random() < 0.5:
+        one, other = (mates[int(i)].lam[1:-1] for i in rng.choice(len(mates), 2, replace=False))
+        inner = inner + rng.choice([0.25, 0.5, 1.0]) * (one.astype(np.float64) - other)
+        inner = inner + 0.01 * spacing * rng.standard_normal(len(inner))
+    else:
+        scale = config.spread * spacing * 10 ** -rng.uniform(0, 1)
+        inner = inner + scale * rng.standard_normal(len(inner)) * (rng.random(len(inner)) < 0.5)
+    return _with_knots(schedule, inner)
+
+
+def _with_knots(schedule: SolverSchedule, inner: np.ndarray) -> SolverSchedule:
+    """The schedule with these inner knots, or as it is where they leave the range or coincide."""
+    low, high, spacing = _inner(schedule.lam)
+    if ((inner <= low) | (inner >= high)).any():
+        return schedule
+    lam = np.concatenate([schedule.lam[:1], np.sort(inner), schedule.lam[-1:]])
+    if not (lam[1:] - lam[:-1] > _CLOSEST * spacing).all():
+        return schedule
+    return dataclasses.replace(schedule, lam=lam.astype(schedule.lam.dtype))
 
 
 def _crossover(
@@ -176,7 +221,7 @@ def _mutate(
     while new.steps - int(new.afs > 0) > evaluations:
         new = _without_step(rng, new)
     while new.steps - int(new.afs > 0) < evaluations:
-        new = _with_step(rng, new, config)
+        new = _with_step(rng, new)
     return _repaired(new)
 
 
@@ -195,23 +240,18 @@ def _draws(rng: np.random.Generator, n: int, config: EvolutionConfig) -> dict[st
 def _stepwise(
     rng: np.random.Generator, schedule: SolverSchedule, config: EvolutionConfig
 ) -> SolverSchedule:
-    """Changes of knots and of each step's decisions."""
+    """Changes of knots and of each step's decisions, many or few."""
     steps, changed = schedule.steps, {}
+    rate = config.rate * 10 ** -rng.uniform(0, 1)
     for name, drawn in _draws(rng, steps, config).items():
         old = getattr(schedule, name)
         if name == "relax_coef":
             drawn = old + drawn
-        changed[name] = np.where(rng.random(steps) < config.rate, drawn, old).astype(old.dtype)
-    lam = schedule.lam
-    if steps > 1:
-        low, high, spacing = _inner(lam)
-        moved = lam[1:-1] + config.spread * spacing * rng.standard_normal(steps - 1)
-        is_moved = (rng.random(steps - 1) < config.rate) & (moved > low) & (moved < high)
-        inner = np.sort(np.where(is_moved, moved, lam[1:-1]))
-        new = np.concatenate([lam[:1], inner, lam[-1:]]).astype(lam.dtype)
-        if _is_spaced(new, spacing):
-            lam = new
-    return dataclasses.replace(schedule, lam=lam, **changed)
+        changed[name] = np.where(rng.random(steps) < rate, drawn, old).astype(old.dtype)
+    new = dataclasses.replace(schedule, **changed)
+    if config.spread == 0 or rng.random() < 0.5:
+        return new
+    return _with_moved_knots(rng, new, [], config)
 
 
 def _inner(lam: np.ndarray) -> tuple[float, float, float]:
@@ -223,10 +263,6 @@ def _inner(lam: np.ndarray) -> tuple[float, float, float]:
     return float(low), float(high), float(spacing) or 1.0
 
 
-def _is_spaced(lam: np.ndarray, spacing: float) -> bool:
-    return bool((lam[1:] - lam[:-1] > _CLOSEST * spacing).all())
-
-
 def _without_step(rng: np.random.Generator, schedule: SolverSchedule) -> SolverSchedule:
     """One inner knot fewer, and the decisions of a step beside it."""
     knot = int(rng.integers(1, schedule.steps))
@@ -235,10 +271,8 @@ def _without_step(rng: np.random.Generator, schedule: SolverSchedule) -> SolverS
     return dataclasses.replace(schedule, lam=np.delete(schedule.lam, knot), **cut)
 
 
-def _with_step(
-    rng: np.random.Generator, schedule: SolverSchedule, config: EvolutionConfig
-) -> SolverSchedule:
-    """One inner knot more, in an interval that is drawn by its length, with decisions drawn."""
+def _with_step(rng: np.random.Generator, schedule: SolverSchedule) -> SolverSchedule:
+    """One inner knot more, in an interval that is drawn by its length: two steps of its kind."""
     lam = schedule.lam
     low, high, _ = _inner(lam)
     ends = np.clip(lam, low, high)
@@ -246,9 +280,9 @@ def _with_step(
     step = int(rng.choice(len(gaps), p=gaps / gaps.sum()))
     knot = ends[step] + (0.2 + 0.6 * rng.random()) * gaps[step]
     put = {}
-    for name, drawn in _draws(rng, 1, config).items():
+    for name in _PER_STEP:
         old = getattr(schedule, name)
-        put[name] = np.insert(old, step, drawn[0]).astype(old.dtype)
+        put[name] = np.insert(old, step, old[step])
     new = np.insert(lam, step + 1, knot).astype(lam.dtype)
     return dataclasses.replace(schedule, lam=new, **put)
 

@@ -46,8 +46,8 @@ class RankingConfig:
       hidden: layers of the last perceptron.
     """
 
-    steps: int = 300
-    batch: int = 64
+    steps: int = 200
+    batch: int = 32
     learning_rate: float = 1e-3
     margin: float = 0.25
     width: int = 128

@@ -33,6 +33,8 @@ Score = Callable[[SolverSchedule], Any]
 
 # Draws for one child before an equal of an earlier one is let through.
 _TRIES = 20
+# Parents with the same types and orders.
+_OF_A_KIND = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +56,10 @@ class SearchConfig:
     """
 
     budget: int = 300
-    batch: int = 20
-    guided_after: int | None = 100
-    guided_generations: int = 5
-    guided_children: int = 64
+    batch: int = 10
+    guided_after: int | None = 150
+    guided_generations: int = 1
+    guided_children: int = 40
     explore: float = 0.25
     evolution: EvolutionConfig = dataclasses.field(default_factory=EvolutionConfig)
     ranking: RankingConfig = dataclasses.field(default_factory=RankingConfig)
@@ -225,9 +227,19 @@ def _generation(
 
 
 def _best(entries: Sequence[Entry], count: int) -> list[SolverSchedule]:
-    """The best schedules; those without a finite score never, unless there is no other."""
+    """The best schedules, one of a kind, so that no family crowds out the rest.
+
+    Those without a finite score never, unless there is no other.
+    """
     finite = [e for e in entries if np.isfinite(e.score)] or list(entries)
-    return [e.schedule for e in sorted(finite, key=lambda e: e.score)[:count]]
+    kinds: dict[tuple[bytes, bytes], int] = {}
+    best: list[SolverSchedule] = []
+    for entry in sorted(finite, key=lambda e: e.score):
+        kind = entry.schedule.ptype.tobytes(), entry.schedule.order.tobytes()
+        kinds[kind] = kinds.get(kind, 0) + 1
+        if kinds[kind] <= _OF_A_KIND:
+            best.append(entry.schedule)
+    return best[:count]
 
 
 def _children(

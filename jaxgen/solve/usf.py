@@ -208,7 +208,7 @@ class ScheduleSolver(Multistep):
 
     def coefficients(self, term: SemiLinearTerm, window: Window) -> Any:
         """The core's numbers, and whether this step's output is analytic (``None``: never)."""
-        first, n = window.first, window.count - 1
+        first, n = window.first, window.begun - 1
         levels = [window.at(j) for j in range(1, self.depth)]
         factor, weights = self._update(first, window.last, levels[:-1], self._decisions(n))
         factor = self._spoilt(factor, window)
@@ -228,8 +228,8 @@ class ScheduleSolver(Multistep):
     def _spoilt(self, factor: jax.Array, window: Window) -> jax.Array:
         """NaN on another grid than the schedule's, where only values tell."""
         lam = jnp.asarray(self.schedule.lam)
-        is_same = self._is_same(window.first.lam, lam.at[window.count - 1].get(mode="clip"))
-        is_same &= self._is_same(window.last.lam, lam.at[window.count].get(mode="clip"))
+        is_same = self._is_same(window.first.lam, lam.at[window.begun - 1].get(mode="clip"))
+        is_same &= self._is_same(window.last.lam, lam.at[window.begun].get(mode="clip"))
         checks.debug_check(
             jnp.all(is_same), "the grid is not the schedule's: {lam}", lam=window.last.lam
         )
@@ -237,8 +237,8 @@ class ScheduleSolver(Multistep):
 
     def _correction(self, window: Window, levels: Sequence[Level]) -> Update:
         """The last interval again: with the newest output, or as it was; at first, nothing."""
-        base, last, is_first = levels[0], window.first, window.count == 1
-        n = window.count - 2
+        base, last, is_first = levels[0], window.first, window.begun == 1
+        n = window.begun - 2
         before = self._decisions(n)
         is_on = jnp.asarray(self.schedule.corrector).at[n].get(mode="clip")
         factor, weights = self._update(base, last, levels[1:], before)
