@@ -468,7 +468,7 @@ def _curves(
 
 
 def _derivative(lam: jax.Array, curve: jax.Array) -> jax.Array:
-    """The derivative in lam at equally spaced nodes, from the nearest five: an error of fourth order."""
+    """The derivative in lam at equally spaced nodes, from five: an error of fourth order."""
     n = lam.shape[0]
     step = (lam[-1] - lam[0]) / (n - 1)
     inner = (curve[:-4] - 8 * curve[1:-3] + 8 * curve[3:-1] - curve[4:]) / 12
