@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgen.core.arrays import cast_coefficient
 from jaxgen.solve.semilinear import GridSolver, Level, SemiLinearTerm, Window
@@ -44,12 +45,12 @@ class Update(NamedTuple):
     Attributes:
       factor: on the base state; ``()`` or ``(batch,)``, or of the state's shape up to ones.
       weights: for each kind of output that the solver keeps, weights on the newest, the one
-        before it, ...
+        before it, ...: arrays in a tuple or along a first axis.
       shift: a constant, ``None`` for none.
     """
 
     factor: jax.Array
-    weights: tuple[tuple[jax.Array, ...], ...]
+    weights: tuple[Any, ...]
     shift: jax.Array | None = None
 
 
@@ -109,49 +110,47 @@ def spread(kind: str, last: Level, h: jax.Array, eta: Any) -> jax.Array:
     return last.sigma * jnp.sqrt(eta * jnp.expm1(2 * h))
 
 
-def derivative_weights(
-    points: Sequence[jax.Array], active: Sequence[jax.Array]
-) -> list[list[jax.Array]]:
-    """Weights ``w[k-1][j]`` with ``h^k F^(k)(0) = sum_j w[k-1][j] (F(r_j) - F(0))``.
+def derivative_weights(points: Sequence[jax.Array], active: Sequence[jax.Array]) -> jax.Array:
+    """Weights ``w[k-1, j]`` with ``h^k F^(k)(0) = sum_j w[k-1, j] (F(r_j) - F(0))``.
 
     From the polynomial through 0 and the active points, by Lagrange's basis.
 
     Args:
-      points: ``r_j``, different from each other and from 0 (the inactive ones too).
+      points: ``m`` places ``r_j``, different from each other and from 0 (the inactive ones too).
       active: which of them take part; the weights of the others are 0.
+
+    Returns:
+      ``(m, m, ...)``.
     """
-    m = len(points)
-    weights: list[list[jax.Array]] = [[] for _ in range(m)]
-    for j, r in enumerate(points):
-        # Coefficients of the basis polynomial over r, lowest first.
-        basis = [jnp.where(active[j], 1 / r, 0.0)]
-        for i, other in enumerate(points):
-            if i == j:
-                continue
-            slope = jnp.where(active[i], 1 / (r - other), 0.0)
-            offset = jnp.where(active[i], -other / (r - other), 1.0)
-            up = [0.0, *(c * slope for c in basis)]
-            basis = [a * offset + b for a, b in zip([*basis, 0.0], up, strict=True)]
-        for k in range(m):
-            weights[k].append(math.factorial(k + 1) * basis[k])
-    return weights
+    # Few operations on stacked arrays: the compiler's time goes by their number.
+    r, is_active, m = jnp.stack(points), jnp.stack(active), len(points)
+    own = jnp.eye(m, dtype=bool).reshape(m, m, *(1,) * (r.ndim - 1))
+    # At [i, j]: the factor (x - r_i)/(r_j - r_i) of basis polynomial j, 1 where i takes no part.
+    gap = jnp.where(own, 1.0, r[None] - r[:, None])
+    is_factor = is_active[:, None] & ~own
+    slope = jnp.where(is_factor, 1 / gap, 0.0)
+    offset = jnp.where(is_factor, -r[:, None] / gap, 1.0)
+    # Coefficients of the basis polynomials over x, lowest first.
+    blank = jnp.zeros_like(r)[None]
+    basis = jnp.concatenate([jnp.where(is_active, 1 / r, 0.0)[None], *[blank] * (m - 1)])
+    for i in range(m):
+        up = jnp.concatenate([blank, basis[:-1]])
+        basis = basis * offset[i][None] + up * slope[i][None]
+    factorials = np.array([math.factorial(k + 1) for k in range(m)])
+    return basis * jnp.asarray(factorials, r.dtype).reshape(m, *(1,) * r.ndim)
 
 
-def combined(
-    b0: jax.Array, lead: jax.Array, c: Sequence[jax.Array], weights: Sequence[Sequence[jax.Array]]
-) -> tuple[jax.Array, ...]:
-    """Weights on the base's output and on the points' of equation (2).
+def combined(b0: jax.Array, lead: jax.Array, c: Sequence[jax.Array], weights: Any) -> jax.Array:
+    """Weights on the base's output and on the points' of equation (2), ``(m + 1, ...)``.
 
     Args:
       b0: of equation (2).
       lead: of equation (2).
-      c: ``c_k`` for ``k = 1, ...``, 0 beyond the order.
+      c: ``c_k`` for ``k = 1 .. m``, 0 beyond the order.
       weights: ``derivative_weights``.
     """
-    on_points = [
-        lead * sum(c[k] * weights[k][j] for k in range(len(c))) for j in range(len(weights[0]))
-    ]
-    return b0 - sum(on_points), *on_points
+    on_points = lead[None] * jnp.sum(jnp.stack(c)[:, None] * weights, axis=0)
+    return jnp.concatenate([(b0 - jnp.sum(on_points, axis=0))[None], on_points])
 
 
 def refuse_pure_noise(term: SemiLinearTerm, kinds: Sequence[str | None]) -> None:

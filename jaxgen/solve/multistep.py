@@ -22,6 +22,7 @@ constant.
 From alpha = 0 and to sigma = 0 a step is of order 1; the last then returns the data prediction.
 """
 
+import math
 from typing import Any
 
 import equinox as eqx
@@ -158,11 +159,11 @@ class ExponentialMultistep(Multistep):
 
     def _update(
         self, term: SemiLinearTerm, base: Level, last: Level, points: list[Level], order: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    ) -> tuple[jax.Array, jax.Array]:
         """Factor, and weights on the base's output and the points', of an update of ``order``."""
         a, b0, lead, z, h = leading(self.kind, base, last, self.eta)
         if not points:
-            return a, (b0,)
+            return a, b0[None]
         n = len(points)
         active = [order > j for j in range(1, n + 1)]
         if self.variable == "log_rho":
@@ -175,7 +176,7 @@ class ExponentialMultistep(Multistep):
             rho0 = base.sigma / base.alpha
             unit = last.sigma / last.alpha - rho0
             lead = last.alpha * unit
-            moments = [jnp.full_like(unit, 1 / np.prod(range(1, k + 2))) for k in range(1, n + 1)]
+            moments = [jnp.full_like(unit, 1 / math.factorial(k + 1)) for k in range(1, n + 1)]
             span = [p.sigma / p.alpha - rho0 for p in points]
         else:
             unit = last.t - base.t
@@ -196,26 +197,36 @@ class ExponentialMultistep(Multistep):
         """Weights on the last outputs."""
         first, last = window.first, window.last
         order = self._order(term, window, 0)
-        points = [window.at(j) for j in range(1, self.max_order)]
-        a, weights = self._update(term, first, last, points, order)
-        correct = None
-        if self.corrector:
-            correct = self._correction(term, window)
         noise = None
         if self.is_noisy:
             noise = spread(self.kind, last, leading(self.kind, first, last)[4], self.eta)
-        return Numbers(first.t, self.parts(term, first), Update(a, (weights,)), correct, noise)
-
-    def _correction(self, term: SemiLinearTerm, window: Window) -> Update:
-        """The last interval again, with the newest output; at the first step, nothing."""
-        base, last = window.at(1), window.first
-        is_finite = jnp.isfinite(base.lam)
-        order = jnp.where(is_finite, self._order(term, window, 1) + 1, 1)
-        points = [last, *(window.at(j) for j in range(2, self.depth))]
-        a, (on_base, on_new, *rest) = self._update(term, base, last, points, order)
+        parts = self.parts(term, first)
+        if not self.corrector:
+            points = [window.at(j) for j in range(1, self.max_order)]
+            a, weights = self._update(term, first, last, points, order)
+            return Numbers(first.t, parts, Update(a, (weights,)), None, noise)
+        # The correction is the interval before again, with the newest output among its points:
+        # both updates at once, the prediction with one point more than it uses.
+        base = window.at(1)
+        before = jnp.where(jnp.isfinite(base.lam), self._order(term, window, 1) + 1, 1)
+        pairs = [(window.at(1), first), *((window.at(j),) * 2 for j in range(2, self.depth))]
+        a, weights = self._update(
+            term,
+            _both(first, base),
+            _both(last, first),
+            [_both(*pair) for pair in pairs],
+            jnp.stack([order, before]),
+        )
+        predict = Update(a[0], (weights[:, 0],))
+        # Newest first. At the first step there is nothing to correct.
+        newest_first = jnp.stack([weights[1, 1], weights[0, 1], *weights[2:, 1]])
         is_first = window.begun == 1
-        weights = (jnp.where(is_first, 0.0, w) for w in (on_new, on_base, *rest))
-        return Update(jnp.where(is_first, 1.0, a), (tuple(weights),))
+        correct = Update(jnp.where(is_first, 1.0, a[1]), (jnp.where(is_first, 0.0, newest_first),))
+        return Numbers(first.t, parts, predict, correct, noise)
+
+
+def _both(a: Level, b: Level) -> Level:
+    return Level(*(jnp.stack(pair) for pair in zip(a, b, strict=True)))
 
 
 def _time_moments(term: SemiLinearTerm, t0: jax.Array, dt: jax.Array, n: int) -> list[jax.Array]:
