@@ -70,6 +70,10 @@ class _Known(NamedTuple):
         return self.term.combine(x, a, *pairs)
 
 
+def _stacked(levels: Sequence[Level]) -> Level:
+    return Level(*(jnp.stack(values) for values in zip(*levels, strict=True)))
+
+
 class ScheduleSolver(Multistep):
     """The solver of a schedule; made by ``usf``.
 
@@ -156,10 +160,14 @@ class ScheduleSolver(Multistep):
 
         return _Decisions(*(at(getattr(self.schedule, name)) for name in _Decisions._fields))
 
-    def _update(
+    def _updates(
         self, base: Level, last: Level, points: Sequence[Level], decisions: _Decisions
-    ) -> tuple[jax.Array, list[tuple[jax.Array, ...]]]:
-        """Factor, and for each kind the weights on the base's output and the points'."""
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """Factors, and for each kind the weights on the base's output and the points'.
+
+        Several updates at once, along the first axis of all entries (in the weights, the second):
+        the compiler's time goes by the number of operations.
+        """
         order, m = decisions.order, len(points)
         active = [order > j for j in range(1, m + 1)]
         fewer = jnp.where(decisions.est_order > 0, decisions.est_order, order - 1)
@@ -173,7 +181,7 @@ class ScheduleSolver(Multistep):
             for j, (p, on) in enumerate(zip(points, active, strict=True))
         ]
         estimates = derivative_weights(r, active)
-        estimates[0] = derivative_weights(r, first_active)[0]
+        estimates = jnp.concatenate([derivative_weights(r, first_active)[:1], estimates[1:]])
         is_data = decisions.ptype == DATA
         factor, weights = None, []
         for kind, is_kind in (("data", is_data), ("noise", ~is_data)):
@@ -183,7 +191,7 @@ class ScheduleSolver(Multistep):
             c = [jnp.where(on, v, 0.0) for v, on in zip(moments, active, strict=True)]
             own = combined(b0, lead, c, estimates)
             factor = a if factor is None else jnp.where(is_data, factor, a)
-            weights.append(tuple(jnp.where(is_kind, w, 0.0) for w in own))
+            weights.append(jnp.where(is_kind[None], own, 0.0))
         return cast(jax.Array, factor), weights
 
     @staticmethod
@@ -209,9 +217,6 @@ class ScheduleSolver(Multistep):
     def coefficients(self, term: SemiLinearTerm, window: Window) -> Any:
         """The core's numbers, and whether this step's output is analytic (``None``: never)."""
         first, n = window.first, window.begun - 1
-        levels = [window.at(j) for j in range(1, self.depth)]
-        factor, weights = self._update(first, window.last, levels[:-1], self._decisions(n))
-        factor = self._spoilt(factor, window)
         is_known = None
         parts: tuple[Any, ...] = self.parts(term, first)
         if self.may_skip:
@@ -222,8 +227,43 @@ class ScheduleSolver(Multistep):
                 (jnp.where(is_known, p, own[0]), jnp.where(is_known, q, own[1]))
                 for (p, q), own in zip(known, (data, noise), strict=True)
             )
-        correct = self._correction(window, levels)
-        return Numbers(first.t, parts, Update(factor, tuple(weights)), correct, None), is_known
+        predict, correct = self._both(window, n)
+        predict = predict._replace(factor=self._spoilt(predict.factor, window))
+        return Numbers(first.t, parts, predict, correct, None), is_known
+
+    def _both(self, window: Window, n: jax.Array) -> tuple[Update, Update]:
+        """The prediction; and the last interval again: corrected, or as it was; at first, nothing.
+
+        All three updates are computed in one, with as many points as the longest uses.
+        """
+        base, first = window.at(1), window.first
+        older = [window.at(j) for j in range(2, self.depth)]
+        now, before = self._decisions(n), self._decisions(n - 1)
+        is_relaxed = jnp.asarray(self.schedule.scale_corrector) & (before.order == 1)
+        higher = before._replace(
+            order=before.order + 1,
+            est_order=jnp.zeros_like(before.est_order),
+            relax_kind=jnp.where(is_relaxed, before.relax_kind, 0),
+        )
+        points = [[base, *older], [*older, older[-1]], [first, *older]]
+        axes = (3,) + (1,) * first.t.ndim
+        factor, weights = self._updates(
+            _stacked([first, base, base]),
+            _stacked([window.last, first, first]),
+            [_stacked(each) for each in zip(*points, strict=True)],
+            jax.tree.map(lambda *v: jnp.stack(v).reshape(axes), now, before, higher),
+        )
+        is_first = window.begun == 1
+        is_on = jnp.asarray(self.schedule.corrector).at[n - 1].get(mode="clip")
+        again = []
+        for own in weights:
+            replayed = jnp.concatenate([jnp.zeros_like(own[:1, 1]), own[:-1, 1]])
+            # Newest first: the step's end, its base, the older ones.
+            corrected = jnp.stack([own[1, 2], own[0, 2], *own[2:, 2]])
+            chosen = jnp.where(is_on, corrected, replayed)
+            again.append(jnp.where(is_first, 0.0, chosen))
+        predict = Update(factor[0], tuple(own[:, 0] for own in weights))
+        return predict, Update(jnp.where(is_first, 1.0, factor[1]), tuple(again))
 
     def _spoilt(self, factor: jax.Array, window: Window) -> jax.Array:
         """NaN on another grid than the schedule's, where only values tell."""
@@ -234,29 +274,6 @@ class ScheduleSolver(Multistep):
             jnp.all(is_same), "the grid is not the schedule's: {lam}", lam=window.last.lam
         )
         return jnp.where(is_same, factor, jnp.nan)
-
-    def _correction(self, window: Window, levels: Sequence[Level]) -> Update:
-        """The last interval again: with the newest output, or as it was; at first, nothing."""
-        base, last, is_first = levels[0], window.first, window.begun == 1
-        n = window.begun - 2
-        before = self._decisions(n)
-        is_on = jnp.asarray(self.schedule.corrector).at[n].get(mode="clip")
-        factor, weights = self._update(base, last, levels[1:], before)
-        is_relaxed = jnp.asarray(self.schedule.scale_corrector) & (before.order == 1)
-        higher = before._replace(
-            order=before.order + 1,
-            est_order=jnp.zeros_like(before.est_order),
-            relax_kind=jnp.where(is_relaxed, before.relax_kind, 0),
-        )
-        _, corrected = self._update(base, last, [last, *levels[1:]], higher)
-        both = []
-        for own, new in zip(weights, corrected, strict=True):
-            on_base, on_last, *rest = new
-            replayed = (jnp.zeros_like(on_last), *own)
-            pairs = zip((on_last, on_base, *rest), replayed, strict=True)
-            chosen = (jnp.where(is_on, a, b) for a, b in pairs)
-            both.append(tuple(jnp.where(is_first, 0.0, w) for w in chosen))
-        return Update(jnp.where(is_first, 1.0, factor), tuple(both))
 
     def advance(
         self,
