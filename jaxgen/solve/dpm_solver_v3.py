@@ -305,12 +305,10 @@ class DPMSolverV3(Multistep):
         own = _integrals(self.statistics, base.lam, lams, nodes, len(points) + 1)
         h = end - base.lam
         h = jnp.where(h == 0, 1.0, h)
-        active = [order > j for j in range(1, len(points) + 1)]
         # Inactive points need places that no active one has: those are at most 1.
-        r = [
-            self._expand(jnp.where(on, (p.lam - base.lam) / h, 2.0 + j))
-            for j, (p, on) in enumerate(zip(points, active, strict=True))
-        ]
+        spans = [self._expand((p.lam - base.lam) / h) for p in points]
+        active = [jnp.broadcast_to(order > j, v.shape) for j, v in enumerate(spans, 1)]
+        r = [jnp.where(on, v, 2.0 + j) for j, (v, on) in enumerate(zip(spans, active, strict=True))]
         c = [jnp.where(on, m, 0.0) for m, on in zip(own.moments[1:], active, strict=True)]
         on_base, *on_points = own.moments[:1]
         if points:
@@ -372,13 +370,13 @@ class DPMSolverV3(Multistep):
         return Update(jnp.where(ends, ratio * (1 - l), update.factor), (weights,), shift)
 
 
-def _pseudo_weights(r: list[jax.Array], active: list[jax.Array]) -> list[list[jax.Array]]:
+def _pseudo_weights(r: list[jax.Array], active: list[jax.Array]) -> jax.Array:
     """``derivative_weights`` with the k-th derivative from the first k points alone."""
-    weights = []
+    rows = []
     for k in range(1, len(r) + 1):
         top = derivative_weights(r[:k], active[:k])[-1]
-        weights.append([*top, *[jnp.zeros_like(top[0])] * (len(r) - k)])
-    return weights
+        rows.append(jnp.stack([*top, *[jnp.zeros_like(r[0])] * (len(r) - k)]))
+    return jnp.stack(rows)
 
 
 def dpmv3(
