@@ -110,23 +110,26 @@ class Statistics:
         weights = []
         for i in range(_POINTS):
             others = [j for j in range(_POINTS) if j != i]
-            weights.append(math.prod((lam - at[j]) / (at[i] - at[j]) for j in others))
+            factors = [(lam - at[j]) / (at[i] - at[j]) for j in others]
+            weights.append(functools.reduce(jnp.multiply, factors))
         weights[0] = jnp.where(self.covers(lam), weights[0], jnp.nan)
 
         def between(curve: jax.Array) -> jax.Array:
             curve = jnp.asarray(curve, dtype)
             expand = (*lam.shape, *(1,) * (curve.ndim - 1))
-            return sum(
+            terms = [
                 w.reshape(expand) * curve.at[i].get(mode="clip")
                 for w, i in zip(weights, rows, strict=True)
-            )
+            ]
+            return functools.reduce(jnp.add, terms)
 
         return between(self.l), between(self.s), between(self.b)
 
-    def covers(self, lam: ArrayLike) -> jax.Array:
+    def covers(self, lam: jax.Array) -> jax.Array:
         """Whether levels lie between the first and the last node, to a rounding of times."""
-        slack = 1e-4 * (self.lam[-1] - self.lam[0])
-        return (lam >= self.lam[0] - slack) & (lam <= self.lam[-1] + slack)
+        first, last = jnp.asarray(self.lam[0]), jnp.asarray(self.lam[-1])
+        slack = 1e-4 * (last - first)
+        return (lam >= first - slack) & (lam <= last + slack)
 
     def check(self) -> None:
         """Check shapes, and values where they are known.
@@ -188,8 +191,9 @@ def degenerate_statistics(
     _, lam = _levels(sde, n_grid, t_start, t_end, dtype)
     l, s = (1.0, 0.0) if kind == "data" else (0.0, -1.0)  # noqa: E741
     shape = (*lam.shape, *event)
-    curves = (jnp.full(shape, value, lam.dtype) for value in (l, s, 0.0))
-    return Statistics(lam, *curves, made=(("kind", kind), ("process", sde.kind or "")))
+    flat = [jnp.full(shape, value, lam.dtype) for value in (l, s, 0.0)]
+    made = (("kind", kind), ("process", sde.kind or ""))
+    return Statistics(lam, flat[0], flat[1], flat[2], made)
 
 
 def _levels(
@@ -297,16 +301,15 @@ def estimate_statistics(
     drawn = jax.random.permutation(key_data, count)[jnp.arange(n_samples) % count]
     times, lam = _levels(sde, n_grid, t_start, t_end, x0.dtype)
     mu = sde.centre(x0)
-    own = mu is not None and mu.shape[0] > 1
-    samples = {
+    samples: dict[str, Any] = {
         "x0": x0.at[drawn].get(mode="clip"),
         "noise": keys.normal(key_noise, (n_samples, *event), x0.dtype),
-        "mu": mu.at[drawn].get(mode="clip") if own else None,
+        "mu": None if mu is None or mu.shape[0] == 1 else mu.at[drawn].get(mode="clip"),
         "probe": None,
     }
     if estimator == "hutchinson":
-        made = probes(key_probe, (n_samples, *event), n=n_probes, dtype=x0.dtype)
-        samples["probe"] = jnp.moveaxis(made, 1, 0)
+        signs = probes(key_probe, (n_samples, *event), n=n_probes, dtype=x0.dtype)
+        samples["probe"] = jnp.moveaxis(signs, 1, 0)
     tick = Ticker(n_grid + 1, "statistics") if progress else None
 
     def at_level(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
@@ -318,8 +321,8 @@ def estimate_statistics(
         return moments
 
     moments = jax.lax.map(at_level, (jnp.arange(n_grid + 1), times))
-    curves = _curves(lam, *moments)
-    made = {
+    l, s, b = (c.astype(x0.dtype) for c in _curves(lam, *moments))  # noqa: E741
+    made: dict[str, Any] = {
         "estimator": estimator if estimator == "exact" else f"hutchinson, probes: {n_probes}",
         "n_grid": n_grid,
         "n_samples": n_samples,
@@ -328,7 +331,7 @@ def estimate_statistics(
         "process": sde.kind or "",
     }
     made |= _range(times)
-    return Statistics(lam, *(c.astype(x0.dtype) for c in curves), made=tuple(made.items()))
+    return Statistics(lam, l, s, b, tuple(made.items()))
 
 
 def _clean(data: ArrayLike) -> jax.Array:
@@ -544,9 +547,8 @@ def load_statistics(directory: str | os.PathLike[str]) -> Statistics:
         raise ValueError(f"{folder} holds no statistics that can be read: {error}") from error
     if _digest(curves) != body["sha256"]:
         raise ValueError(f"{folder} is damaged: the curves are not those that were written")
-    return Statistics(
-        *(jnp.asarray(curves[name]) for name in _CURVES), made=tuple(body["made"].items())
-    )
+    lam, l, s, b = (jnp.asarray(curves[name]) for name in _CURVES)  # noqa: E741
+    return Statistics(lam, l, s, b, tuple(body["made"].items()))
 
 
 def _digest(curves: dict[str, Any]) -> str:

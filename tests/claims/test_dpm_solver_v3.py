@@ -20,7 +20,7 @@ from jaxgen.solve.statistics import estimate_statistics
 from jaxgen.solve.terms import FieldCall
 
 SDE = process.vp()
-T_END = 0.005544  # lam = 3
+T_END = 0.0115297  # lam = 3
 VARIANCES = np.geomspace(0.01, 4, 16)
 COUNTS = (5, 8, 10, 12)
 BASELINES = {
