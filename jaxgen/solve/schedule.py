@@ -21,9 +21,10 @@ relaxation:
 | 4          | exp_up   | 1 + expm1(z)/2                                      |
 | 5          | exp_down | 1 - expm1(z)/2                                      |
 
-A corrected step is done again with its end's output among the points, one order higher, from all
-points; unrelaxed, but by ``scale_corrector`` where it comes to order 2, as UniPC does. It costs
-nothing: outputs already computed are kept.
+A step of ``ptype`` 2 is DPM-Solver-v3's, with the same order; neither ``est_order`` nor
+``relax_kind`` acts on it. A corrected step is done again with its end's output among the points,
+one order higher, from all points; unrelaxed, but by ``scale_corrector`` where it comes to order 2,
+as UniPC does. It costs nothing: outputs already computed are kept.
 
 DDIM, DPM-Solver(++) 2M, the exact 3M and UniPC-1 to 3 are such schedules
 (``schedule_from_baseline``). Left out: the "implicit" corrector, which evaluates again.

@@ -16,6 +16,7 @@ import numpy as np
 from jaxgen.core import checks
 from jaxgen.process.linear import LinearSDE
 from jaxgen.score.prediction import Field
+from jaxgen.solve.dpm_solver_v3 import DPMSolverV3, dpmv3
 from jaxgen.solve.exponential import (
     Multistep,
     Numbers,
@@ -28,17 +29,21 @@ from jaxgen.solve.exponential import (
 from jaxgen.solve.phi import phi
 from jaxgen.solve.sample import sample
 from jaxgen.solve.schedule import (
-    DATA,
     MAX_ORDER,
+    NOISE,
+    STATISTICS,
     SolverSchedule,
     schedule_times,
     validate_schedule,
 )
 from jaxgen.solve.semilinear import Level, SemiLinearTerm, Window
 from jaxgen.solve.state import Sample
+from jaxgen.solve.statistics import Statistics
 
 __all__ = ["ScheduleSolver", "usf", "usf_sample"]
 
+# Quadrature nodes on the statistics, of all steps together and of one, as DPM-Solver-v3 has them.
+_NODES, _FEWEST, _MOST = 200, 10, 64
 # Distance in lam, relative to 1 + |lam|, at which a grid is another than the schedule's.
 _SAME_GRID = 2e-3
 
@@ -80,11 +85,13 @@ class ScheduleSolver(Multistep):
     Attributes:
       schedule: the decisions, possibly traced.
       x0_mean: mean of the data, of the event's shape; for ``afs`` 2.
+      model: DPM-Solver-v3 with the model's statistics, for ``ptype`` 2; ``None`` without.
       may_skip: whether the first output may be analytic (static).
     """
 
     schedule: SolverSchedule
     x0_mean: Any = None
+    model: DPMSolverV3 | None = None
     may_skip: bool = eqx.field(static=True, default=True)
 
     @property
@@ -146,6 +153,16 @@ class ScheduleSolver(Multistep):
         close = jnp.abs(lam - own) <= _SAME_GRID * (1 + jnp.abs(own))
         return (lam == own) | (close & jnp.isfinite(own))
 
+    def start(self, term: SemiLinearTerm, x: jax.Array) -> Any:
+        """An empty history.
+
+        Raises:
+          ValueError: the statistics are of another event.
+        """
+        if self.model is not None:
+            self.model.start(term, x)
+        return super().start(term, x)
+
     def calls(self, term: SemiLinearTerm, numbers: Any) -> jax.Array:
         """One a step, but for an analytic first."""
         del numbers
@@ -182,7 +199,8 @@ class ScheduleSolver(Multistep):
         ]
         estimates = derivative_weights(r, active)
         estimates = jnp.concatenate([derivative_weights(r, first_active)[:1], estimates[1:]])
-        is_data = decisions.ptype == DATA
+        # A step of the statistics to sigma = 0 is one on the data.
+        is_data = decisions.ptype != NOISE
         factor, weights = None, []
         for kind, is_kind in (("data", is_data), ("noise", ~is_data)):
             a, b0, lead, z, step = leading(kind, base, last)
@@ -227,11 +245,11 @@ class ScheduleSolver(Multistep):
                 (jnp.where(is_known, p, own[0]), jnp.where(is_known, q, own[1]))
                 for (p, q), own in zip(known, (data, noise), strict=True)
             )
-        predict, correct = self._both(window, n)
+        predict, correct = self._both(term, window, n)
         predict = predict._replace(factor=self._spoilt(predict.factor, window))
         return Numbers(first.t, parts, predict, correct, None), is_known
 
-    def _both(self, window: Window, n: jax.Array) -> tuple[Update, Update]:
+    def _both(self, term: SemiLinearTerm, window: Window, n: jax.Array) -> tuple[Update, Update]:
         """The prediction; and the last interval again: corrected, or as it was; at first, nothing.
 
         All three updates are computed in one, with as many points as the longest uses.
@@ -245,25 +263,99 @@ class ScheduleSolver(Multistep):
             est_order=jnp.zeros_like(before.est_order),
             relax_kind=jnp.where(is_relaxed, before.relax_kind, 0),
         )
+        bases, lasts = [first, base, base], [window.last, first, first]
         points = [[base, *older], [*older, older[-1]], [first, *older]]
+        decisions = [now, before, higher]
         axes = (3,) + (1,) * first.t.ndim
         factor, weights = self._updates(
-            _stacked([first, base, base]),
-            _stacked([window.last, first, first]),
+            _stacked(bases),
+            _stacked(lasts),
             [_stacked(each) for each in zip(*points, strict=True)],
-            jax.tree.map(lambda *v: jnp.stack(v).reshape(axes), now, before, higher),
+            jax.tree.map(lambda *v: jnp.stack(v).reshape(axes), *decisions),
         )
+        shift = None
+        if self.model is not None:
+            own = [
+                self._model_update(term, *each)
+                for each in zip(bases, lasts, points, decisions, strict=True)
+            ]
+            factor, weights, shift = self._chosen(term, factor, weights, own)
         is_first = window.begun == 1
         is_on = jnp.asarray(self.schedule.corrector).at[n - 1].get(mode="clip")
         again = []
-        for own in weights:
-            replayed = jnp.concatenate([jnp.zeros_like(own[:1, 1]), own[:-1, 1]])
+        for own_weights in weights:
+            w = jnp.moveaxis(own_weights, 1, 0)
+            replayed = jnp.concatenate([jnp.zeros_like(w[1, :1]), w[1, :-1]])
             # Newest first: the step's end, its base, the older ones.
-            corrected = jnp.stack([own[1, 2], own[0, 2], *own[2:, 2]])
-            chosen = jnp.where(is_on, corrected, replayed)
-            again.append(jnp.where(is_first, 0.0, chosen))
-        predict = Update(factor[0], tuple(own[:, 0] for own in weights))
-        return predict, Update(jnp.where(is_first, 1.0, factor[1]), tuple(again))
+            corrected = jnp.concatenate([w[2, 1:2], w[2, :1], w[2, 2:]])
+            again.append(jnp.where(is_first, 0.0, jnp.where(is_on, corrected, replayed)))
+        predict = Update(factor[0], tuple(w[:, 0] for w in weights))
+        correct = Update(
+            jnp.where(is_first, 1.0, jnp.where(is_on, factor[2], factor[1])), tuple(again)
+        )
+        if shift is not None:
+            late = jnp.where(is_on, shift[2], shift[1])
+            predict = predict._replace(shift=shift[0])
+            correct = correct._replace(shift=jnp.where(is_first, 0.0, late))
+        return predict, correct
+
+    # --- ptype 2 ----------------------------------------------------------------------------------
+
+    def _model_update(
+        self,
+        term: SemiLinearTerm,
+        base: Level,
+        last: Level,
+        points: list[Level],
+        decisions: _Decisions,
+    ) -> tuple[jax.Array, Update]:
+        """Whether the update is of ``ptype`` 2, and it: weights on data and noise.
+
+        With y the centred state, f = (sigma noise - l y)/alpha is made of the two:
+        sigma (1 - l)/alpha noise - l data.
+        """
+        model = cast(DPMSolverV3, self.model)
+        nodes = int(np.clip(_NODES // term.steps, _FEWEST, _MOST))
+        made = model._update(base, last, points, decisions.order, nodes, False)
+        data, noise = [], []
+        for level, w in zip((base, *points), made.weights[0], strict=True):
+            l = model.statistics.at(level.lam)[0]  # noqa: E741
+            ratio = level.sigma / level.alpha
+            data.append(-l * w)
+            noise.append(ratio.reshape(*ratio.shape, *(1,) * (l.ndim - ratio.ndim)) * (1 - l) * w)
+        is_ours = (decisions.ptype == STATISTICS) & jnp.isfinite(last.lam)
+        return is_ours, made._replace(weights=(jnp.stack(data), jnp.stack(noise)))
+
+    def _chosen(
+        self,
+        term: SemiLinearTerm,
+        factor: jax.Array,
+        weights: list[jax.Array],
+        own: Sequence[tuple[jax.Array, Update]],
+    ) -> tuple[jax.Array, list[jax.Array], jax.Array]:
+        """Either kind of update for each of the three, of the state's shape up to ones."""
+        axes = len(cast(DPMSolverV3, self.model).statistics.event)
+        # The curves' axes begin after the batch.
+        blank = term.call.event_ndim is None and factor.ndim == 1
+
+        def wide(v: jax.Array) -> jax.Array:
+            return v.reshape(*v.shape, *(1,) * (axes + blank))
+
+        def curve(v: jax.Array, axis: int) -> jax.Array:
+            return jnp.expand_dims(v, axis) if blank else v
+
+        is_own = wide(jnp.stack([jnp.broadcast_to(a, factor.shape[1:]) for a, _ in own]))
+        factors = curve(jnp.stack([u.factor for _, u in own]), 1)
+        shifts = curve(jnp.stack([cast(jax.Array, u.shift) for _, u in own]), 1)
+        both = []
+        for i, plain in enumerate(weights):
+            ours = curve(jnp.stack([u.weights[i] for _, u in own], axis=1), 2)
+            both.append(jnp.where(is_own[None], ours, wide(plain)))
+        return (
+            jnp.where(is_own, factors, wide(factor)),
+            both,
+            jnp.where(is_own, shifts, jnp.zeros_like(shifts)),
+        )
 
     def _spoilt(self, factor: jax.Array, window: Window) -> jax.Array:
         """NaN on another grid than the schedule's, where only values tell."""
@@ -312,17 +404,36 @@ def usf(schedule: SolverSchedule, *, x0_mean: Any = None, statistics: Any = None
         number of steps.
       x0_mean: mean of the data, of the event's shape, for ``afs`` 2; a traced ``afs`` without it
         takes zero.
-      statistics: for ``ptype`` 2; not served yet.
+      statistics: of the model, see ``estimate_statistics``, for ``ptype`` 2; neither ``est_order``
+        nor ``relax_kind`` act there, and a traced ``ptype`` without them takes data for it.
 
     Raises:
-      ValueError: ``validate_schedule`` refuses it; ``ptype`` 2.
+      ValueError: ``validate_schedule`` refuses it; the statistics do not cover its steps of
+        ``ptype`` 2.
     """
-    if statistics is not None:
-        raise ValueError("statistics are given; steps of ptype 2 are not served by this solver")
     validate_schedule(schedule, statistics=statistics, x0_mean=x0_mean)
     afs = checks.concrete(schedule.afs)
     arrays = jax.tree.map(jnp.asarray, schedule)
-    return ScheduleSolver(arrays, x0_mean, may_skip=afs is None or bool(afs > 0))
+    model = None
+    if statistics is not None:
+        model = dpmv3(statistics, corrector=False)
+        _check_cover(schedule, statistics)
+    return ScheduleSolver(arrays, x0_mean, model, may_skip=afs is None or bool(afs > 0))
+
+
+def _check_cover(schedule: SolverSchedule, statistics: Statistics) -> None:
+    lam, ptype = checks.concrete(schedule.lam), checks.concrete(schedule.ptype)
+    if lam is None or ptype is None:
+        return
+    ends = np.stack([lam[:-1], lam[1:]])[:, ptype == STATISTICS]
+    with jax.ensure_compile_time_eval():
+        covered = checks.concrete(statistics.covers(np.where(np.isposinf(ends), lam[-2], ends)))
+    if covered is not None and not covered.all():
+        raise ValueError(
+            f"the statistics cover lam in [{float(statistics.lam[0]):.4g}, "
+            f"{float(statistics.lam[-1]):.4g}] and steps of ptype 2 run from {ends.min():.4g} to "
+            f"{ends.max():.4g}; estimate them for these times"
+        )
 
 
 def usf_sample(

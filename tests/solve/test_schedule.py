@@ -222,6 +222,31 @@ def test_a_population_is_its_schedules_one_by_one():
 
 
 @pytest.mark.slow
+def test_steps_on_statistics_are_those_of_dpm_solver_v3():
+    sde, law, x = problem()
+    flat = solve.degenerate_statistics(sde, "data", (3,), n_grid=64)
+    curve = 0.1 * jnp.tanh(flat.lam)[:, None] * jnp.array([[1.0, -1.0, 0.5]])
+    own = dataclasses.replace(flat, l=flat.l + curve, s=curve, b=curve + 0.1)
+    plain = schedule_from_baseline("dpm_3m", STEPS, sde)
+    whole = dataclasses.replace(plain, ptype=np.full(STEPS, 2, np.int32))
+
+    @functools.partial(jax.jit, static_argnames="is_named")
+    def draw(schedule, own, is_named=False):
+        solver = usf(schedule, statistics=own)
+        if is_named:
+            solver = solve.dpmv3(own, corrector=False)
+        options = {"solver": solver, "grid": schedule_times(sde, schedule), "x_init": x}
+        return solve.sample(jax.random.key(0), law.noise, sde, SHAPE, **options).x
+
+    ours = draw(whole, own)
+    np.testing.assert_allclose(ours, draw(whole, own, True), rtol=1e-4, atol=5e-5)
+    # Steps of all three kinds, and a corrector on each.
+    mixed = changed(whole, ptype={1: 0, 4: 1}, corrector={1: True, 2: True, 4: True})
+    assert bool(jnp.isfinite(draw(mixed, own)).all())
+    np.testing.assert_allclose(draw(plain, own), by_schedule(plain, sde, law, x).x, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_knots_have_a_gradient():
     sde, law, x = problem()
     schedule = list(baseline_schedules(STEPS, sde).values())[21]
@@ -321,6 +346,9 @@ def test_bad_input():
     # Where only values tell, NaN, and an error under checkify.
     out = jax.jit(lambda g: run(grid=g).x)(jnp.linspace(1.0, 1e-3, STEPS + 1))
     assert bool(jnp.isnan(out).all())
+    short = solve.degenerate_statistics(sde, "data", SHAPE[1:], t_start=0.5)
+    with pytest.raises(ValueError, match="the statistics cover lam in"):
+        usf(changed(schedule, ptype={0: 2}), statistics=short)
     with pytest.raises(ValueError, match="reaches"):
         schedule_times(process.ve(), dataclasses.replace(schedule, lam=schedule.lam * 3))
     with pytest.raises(ValueError, match="one of ddim"):
