@@ -20,10 +20,10 @@ PROG = "jaxgen search"
 class Search:
     """Search for the solver schedule that samples a trained run best in a few evaluations.
 
-    A schedule is good if it comes near to a fine solution from the same noise. The search is
-    evolution, guided by a small network that learns to rank schedules. Every score is kept beside
-    the result, as .jsonl: the same command goes on where it was stopped, a higher --budget goes on
-    from a lower. Use the schedule by jaxgen sample DIR --schedule FILE.
+    A schedule is good if it comes near to a fine solution from the same noise; the search is
+    evolution. Every score is kept beside the result, as .jsonl: the same command goes on where it
+    was stopped, and a higher --budget goes on from a lower. Use the schedule by jaxgen sample DIR
+    --schedule FILE.
 
     For example:
 
@@ -43,8 +43,9 @@ class Search:
     """Of the search and of the noise."""
     analytic: bool = False
     """Let the first output be zero or the data's mean in place of an evaluation."""
-    guided: bool = True
-    """Whether the ranking network guides after the first 150 scores; else evolution alone."""
+    guided: bool = False
+    """After 150 scores, let a network that learns to rank schedules choose what to score; it takes
+    its time and was no better on the runs tried, so it is for costlier networks."""
     out: Path | None = None
     """The schedule (.json); by default DIR/schedule-nfe<NFE>.json."""
 

@@ -427,7 +427,7 @@ def _check_cover(schedule: SolverSchedule, statistics: Statistics) -> None:
         return
     ends = np.stack([lam[:-1], lam[1:]])[:, ptype == STATISTICS]
     with jax.ensure_compile_time_eval():
-        covered = checks.concrete(statistics.covers(np.where(np.isposinf(ends), lam[-2], ends)))
+        covered = checks.concrete(statistics.covers(jnp.where(jnp.isposinf(ends), lam[-2], ends)))
     if covered is not None and not covered.all():
         raise ValueError(
             f"the statistics cover lam in [{float(statistics.lam[0]):.4g}, "
@@ -469,7 +469,8 @@ def usf_sample(
       >>> sde = process.vp()
       >>> field = score.closed_form.gaussian(sde, jnp.ones(2), 0.25).noise
       >>> schedule = schedule_from_baseline("unipc", 5, sde)
-      >>> out = usf_sample(jax.random.key(0), field, sde, (4, 2), schedule)
+      >>> draw = jax.jit(lambda key, schedule: usf_sample(key, field, sde, (4, 2), schedule))
+      >>> out = draw(jax.random.key(0), schedule)
       >>> out.x.shape, int(out.nfe)
       ((4, 2), 5)
     """
