@@ -2,8 +2,8 @@
 
 S^3 (Liu et al., ICLR 2024, arXiv 2312.07243). A start population is scored by the user's own
 metric. Then, generation by generation, the best so far have children by crossover and mutation
-(``evolution``). From ``guided_after`` scores on, if given, a predictor trained on all of them (``ranking``)
-ranks many children over several cheap generations, and only its favourites are scored.
+(``evolution``). From ``guided_after`` scores on, if given, a predictor trained on all of them
+(``ranking``) ranks many children over cheap generations, and only its favourites are scored.
 
 What is drawn is a function of the key, of the generation and of the scores before it. So a search
 that was stopped goes on from its archive to the same end, a larger budget extends a smaller one,
