@@ -271,8 +271,7 @@ def reference():
     return np.asarray(run64(ExponentialMultistep("data", 3), x, 2000))
 
 
-@pytest.mark.parametrize("kind", ["data", "noise"])
-@pytest.mark.parametrize("order", [1, 3])
+@pytest.mark.parametrize(("kind", "order"), [("data", 1), ("data", 3), ("noise", 3)])
 def test_constant_curves_give_the_other_solvers(kind, order):
     with jax.enable_x64(True):
         sde, _, x, start, end, _ = problem()
@@ -329,14 +328,14 @@ def test_float32_and_both_drivers(small):
             prediction="data",
         )
 
-    scanned, diffeq = run(solver, x, 7), run(solver, x, 7, diffrax.DirectAdjoint())
+    scanned, diffeq = run(solver, x, 5), run(solver, x, 5, diffrax.DirectAdjoint())
     np.testing.assert_allclose(diffeq.x, scanned.x, atol=2e-5)
     assert scanned.solver == "dpmv3" and scanned.grid == "log_snr"
-    few, many = run(solver, x, 5).x, run(solver, x, 1000).x
+    many = run(solver, x, 1000)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), (solver, x))
-        for got, steps in ((few, 5), (many, 1000)):
-            np.testing.assert_allclose(got, run(*wide, steps).x, atol=5e-5)
+        for got, steps in ((scanned, 5), (many, 1000)):
+            np.testing.assert_allclose(got.x, run(*wide, steps).x, atol=5e-5)
 
 
 def test_calls_per_sample_times_and_transforms(small):
@@ -370,7 +369,7 @@ def test_calls_per_sample_times_and_transforms(small):
 
     def loss(scale):
         own = dataclasses.replace(small, s=scale * small.s)
-        return jnp.sum(run(dpmv3(own), scale * x, 1.0).x)
+        return jnp.sum(run(dpmv3(own, order=2), scale * x, 1.0).x)
 
     slope, value, d = jax.jit(jax.grad(loss)), jax.jit(loss), 3e-3
     numeric = (value(1 + d) - value(1 - d)) / (2 * d)
