@@ -16,6 +16,7 @@ NAMES = {
     "shared_unet": "the digits U-Net in pools against smaller dense ones, trained and judged alike",
     "solvers": "error against field evaluations for every named solver, and the time per sample",
     "against_diffusers": "the fast samplers against diffusers on torch, same knots and weights",
+    "restoration": "digits blurred and noised, restored in 5 to 20 evaluations against 100",
     "sharing": "expand and its gradient against a stored index",
 }
 
@@ -28,7 +29,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.name is None:
         for name, about in NAMES.items():
-            print(f"{name:12s} {about}")
+            print(f"{name:17s} {about}")
         return 0
     lines = []
     for name in NAMES if args.name == "all" else [args.name]:

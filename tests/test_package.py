@@ -23,7 +23,8 @@ def _modules():
 def test_importing_starts_no_device_and_no_plotting():
     code = (
         "import sys, jaxgen\n"
-        "from jaxgen import guide, mcmc, metrics, nets, process, prune, score, share, solve, train\n"
+        "from jaxgen import guide, mcmc, metrics, nets, process, prune, score\n"
+        "from jaxgen import share, solve, train\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge.backends_are_initialized()\n"
         "assert 'matplotlib' not in sys.modules\n"

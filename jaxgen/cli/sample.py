@@ -112,10 +112,16 @@ def run(words: Sequence[str]) -> int:
         pictures.draw_points(out, [("generated", made), ("real", data.x[: len(made)])])
     print(
         f"{out}: {args.n} samples of step {trained.step} (averaged parameters), "
-        f"{drawn.how['solver']} on the {drawn.how['grid']} grid, {drawn.how['steps']} steps, "
+        f"{_how(args, drawn.how)}, {drawn.how['steps']} steps, "
         f"{drawn.how['evaluations']} evaluations"
     )
     return 0
+
+
+def _how(args: Sample, how: dict[str, Any]) -> str:
+    if args.schedule is not None:
+        return f"schedule {args.schedule}"
+    return f"{how['solver']} on the {how['grid']} grid"
 
 
 def _solver(args: Sample, trained: Any) -> tuple[Any, Any]:

@@ -262,7 +262,7 @@ class DPMSolverV3(Multistep):
         nodes = int(np.clip(_NODES // term.steps, _FEWEST, _MOST))
         order = self._order(own, 0)
         points = [own.at(j) for j in range(1, self.max_order)]
-        predict = self._update(first, last, points, order, nodes, self.pseudo_predictor)
+        predict = self.update(first, last, points, order, nodes, self.pseudo_predictor)
         correct = self._correction(term, own, nodes) if self.has_corrector else None
         l = self._slope(first)  # noqa: E741
         predict = self._denoised(first, last, l, predict)
@@ -289,7 +289,7 @@ class DPMSolverV3(Multistep):
         a, b = (self._expand(v) for v in term.conversion(level, "data"))
         return (1 - l) / alpha - a, -b
 
-    def _update(
+    def update(
         self,
         base: Level,
         last: Level,
@@ -331,14 +331,14 @@ class DPMSolverV3(Multistep):
         base, last = window.at(1), window.first
         order = self._order(window, 1) + self.pseudo_corrector
         points = [last, *(window.at(j) for j in range(2, self.max_order + self.pseudo_corrector))]
-        made = self._update(base, last, points, order, nodes, self.pseudo_corrector)
+        made = self.update(base, last, points, order, nodes, self.pseudo_corrector)
         ((on_base, on_new, *rest),) = made.weights
         made = made._replace(weights=(self._filled([on_new, on_base, *rest]),))
         if self.half_corrector:
             # Instead, the predictor's own step again: the corrected state is made from the base.
             points = [window.at(j) for j in range(2, self.max_order + 1)]
             order = self._order(window, 1)
-            plain = self._update(base, last, points, order, nodes, self.pseudo_predictor)
+            plain = self.update(base, last, points, order, nodes, self.pseudo_predictor)
             weights = self._filled([jnp.zeros_like(on_new), *plain.weights[0]])
             does = self._expand(last.t) > 0.5 * term.sde.t_max
             made = jax.tree.map(

@@ -88,7 +88,7 @@ def as_predictor(solver: GridSolver) -> Callable[[Chain], Step]:
             f"predictor is {type(solver).__name__}; expected a solver of jaxgen's own (a "
             "GridSolver), a name, or a function of a chain"
         )
-    name = type(solver).__name__
+    name = solver.name
 
     def build(chain: Chain) -> Step:
         if isinstance(solver, EulerMaruyama):
@@ -99,7 +99,10 @@ def as_predictor(solver: GridSolver) -> Callable[[Chain], Step]:
                 f'{", ".join(KERNELS)}; {name} needs a grid of levels such as "time"'
             )
         if solver.start(chain.term, jnp.zeros(())) is not None:
-            raise ValueError(f"{name} keeps a history and so is no predictor of one step")
+            raise ValueError(
+                f"solver {name} keeps a history and so is no predictor of one step; expected one "
+                f"such as ddim, heun, euler_maruyama, {' or '.join(KERNELS)} with a corrector"
+            )
         # A chain's indices rise with time.
         numbers = jax.tree.map(lambda v: v[::-1], tabulate(chain.term, solver))
         calls = solver.calls(chain.term, numbers)

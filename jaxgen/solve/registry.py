@@ -70,6 +70,11 @@ def resolve(solver: Any) -> tuple[str, Entry, diffrax.AbstractSolver | None]:
       TypeError: neither a name nor a diffrax solver.
     """
     if isinstance(solver, str):
+        if solver == "dpmv3":
+            raise ValueError(
+                'solver "dpmv3" needs statistics of the model; pass solve.dpmv3(statistics), with '
+                "statistics from solve.estimate_statistics"
+            )
         checks.one_of("solver", solver, SOLVERS)
         entry = SOLVERS[solver]
         return solver, entry, None if entry.make is None else entry.make()

@@ -247,6 +247,8 @@ def sample(
       ((4, 2), 10)
     """
     name, entry, made = resolve(solver)
+    if grid is None and issubclass(type(made), GridSolver):
+        grid = cast(GridSolver, made).times(sde)
     grid = entry.grid if grid is None else grid
     if steps is None:
         steps = entry.steps if isinstance(grid, str) else max(np.size(grid) - 1, 1)

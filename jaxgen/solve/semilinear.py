@@ -236,6 +236,11 @@ class GridSolver(diffrax.AbstractItoSolver):
         """Knots that ``coefficients`` sees: the interval's start and those before it."""
         return 1
 
+    def times(self, sde: LinearSDE) -> jax.Array | None:
+        """The grid that the solver is made for; ``None`` where any serves."""
+        del sde
+        return None
+
     def check(self, term: SemiLinearTerm) -> None:
         """Refuse a term that this solver cannot serve, at trace time.
 

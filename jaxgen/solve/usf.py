@@ -316,7 +316,7 @@ class ScheduleSolver(Multistep):
         """
         model = cast(DPMSolverV3, self.model)
         nodes = int(np.clip(_NODES // term.steps, _FEWEST, _MOST))
-        made = model._update(base, last, points, decisions.order, nodes, False)
+        made = model.update(base, last, points, decisions.order, nodes, False)
         data, noise = [], []
         for level, w in zip((base, *points), made.weights[0], strict=True):
             l = model.statistics.at(level.lam)[0]  # noqa: E741

@@ -317,7 +317,17 @@ def test_sample_with_statistics_that_are_kept(moons, tmp_path, capsys):
 
 def test_compare_goes_on_with_the_rows_it_has(moons, tmp_path, capsys):
     out = tmp_path / "compare.png"
-    words = ["compare", str(moons), "--evaluations", "4", "--n", "2", "--out", str(out), "--solvers"]
+    words = [
+        "compare",
+        str(moons),
+        "--evaluations",
+        "4",
+        "--n",
+        "2",
+        "--out",
+        str(out),
+        "--solvers",
+    ]
     assert main([*words, "heun", "dpmpp_2m_sde"]) == 0
     first = json.loads(out.with_suffix(".json").read_text())["rows"]
     assert [(r["solver"], r["steps"], r["evaluations"]) for r in first] == [
@@ -333,6 +343,26 @@ def test_compare_goes_on_with_the_rows_it_has(moons, tmp_path, capsys):
     capsys.readouterr()
     assert main([*words, "dpm_3m", "--evaluations", "2"]) == 2
     assert "no solver can do with so few" in capsys.readouterr().err
+
+
+def test_search_then_sample_by_the_schedule(moons, tmp_path, capsys):
+    found = tmp_path / "schedule.json"
+    words = ["search", str(moons), "--nfe", "3", "--samples", "8", "--out", str(found)]
+    assert main([*words, "--budget", "44"]) == 0
+    said = capsys.readouterr().out
+    assert "unipc" in said and "44 schedules scored" in said
+    kept = found.with_suffix(".jsonl").read_text()
+    assert main([*words, "--budget", "44"]) == 0
+    assert found.with_suffix(".jsonl").read_text() == kept
+    out = tmp_path / "x.npz"
+    capsys.readouterr()
+    assert (
+        main(["sample", str(moons), "--schedule", str(found), "--n", "4", "--out", str(out)]) == 0
+    )
+    assert f"schedule {found}, 3 steps, 3 evaluations" in capsys.readouterr().out
+    assert np.isfinite(np.load(out)["x"]).all()
+    assert main([*words, "--budget", "44", "--seed", "1"]) == 2
+    assert "another search" in capsys.readouterr().err
 
 
 def test_sample_a_label(digits, tmp_path):

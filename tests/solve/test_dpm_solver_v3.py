@@ -189,6 +189,33 @@ def test_hutchinson_agrees_with_the_basis():
     assert (np.abs(estimated.l - diagonal) < 5 * np.sqrt(off / (n * probes)) + 2e-5).all()
 
 
+def test_differences_along_the_flow_stand_in_for_the_derivative_in_time():
+    exact = mixture()
+    data = exact.sample(jax.random.key(1), (64, 2)).astype(jnp.float32)
+
+    def ripples(x, t):
+        """Nearly the field, but its derivative in time is noise, as between whole times."""
+        return exact.noise(x, t) + 1e-3 * jnp.sin(1e5 * t)[:, None] * jnp.sin(1e3 * x)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def curves(field, spacing):
+        made = estimate_statistics(
+            jax.random.key(2), field, SDE, data, n_grid=12, n_samples=64, spacing=spacing
+        )
+        return made.s, made.b
+
+    (s, b), (near_s, near_b) = curves(exact.noise, None), curves(exact.noise, 0.1)
+    # An error of second order in the spacing: at twice of it, four times as large.
+    far_s, _ = curves(exact.noise, 0.2)
+    inner = slice(2, -2)
+    error, double = (float(jnp.abs(v - s)[inner].max()) for v in (near_s, far_s))
+    assert error < 0.01 and 3 < double / error < 5, (error, double)
+    np.testing.assert_allclose(near_b[inner], b[inner], atol=0.02)
+    assert float(jnp.abs(curves(ripples, None)[0] - s)[inner].max()) > 1
+    with pytest.raises(ValueError, match="spacing is -1"):
+        estimate_statistics(jax.random.key(2), exact.noise, SDE, data, spacing=-1)
+
+
 def test_statistics_come_back_from_disk(tmp_path, small):
     made = dataclasses.replace(small, made=(*small.made, ("step", 7)))
     folder = save_statistics(tmp_path / "own", small)
