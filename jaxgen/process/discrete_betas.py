@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxgen.core import checks
+from jaxgen.core.arrays import safe_sqrt
 from jaxgen.process.linear import LinearSDE
 from jaxgen.process.tables import log_alpha_at, time_of
 
@@ -29,7 +30,7 @@ _elementwise = functools.partial(jax.jit, inline=True)
 
 @_elementwise
 def _sigma(t: jax.Array, table: jax.Array) -> jax.Array:
-    return jnp.sqrt(-jnp.expm1(2 * log_alpha_at(t, table)))
+    return safe_sqrt(-jnp.expm1(2 * log_alpha_at(t, table)))
 
 
 @_elementwise

@@ -35,6 +35,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxgen.core import checks
+from jaxgen.core.arrays import safe_sqrt
 from jaxgen.process.linear import LinearSDE
 from jaxgen.process.tables import log_alpha_at, time_of
 
@@ -121,7 +122,7 @@ def _log_alpha(t: jax.Array, table: jax.Array, sigma_inf: jax.Array) -> jax.Arra
 
 @_elementwise
 def _sigma(t: jax.Array, table: jax.Array, sigma_inf: jax.Array) -> jax.Array:
-    return sigma_inf * jnp.sqrt(-jnp.expm1(2 * log_alpha_at(t, table)))
+    return sigma_inf * safe_sqrt(-jnp.expm1(2 * log_alpha_at(t, table)))
 
 
 @_elementwise

@@ -194,7 +194,9 @@ class LinearSDE:
     def log_snr(self, t: ArrayLike) -> jax.Array:
         """``log(alpha^2 / sigma^2)``, of ``t``'s shape; falls with time."""
         t = self._time(t)
-        log_sigma = jnp.log(self.sigma_fn(t, *self.params))
+        sigma = self.sigma_fn(t, *self.params)
+        # At sigma = 0 the value is infinite, and a gradient of it would be no number.
+        log_sigma = jnp.where(sigma == 0, -jnp.inf, jnp.log(jnp.where(sigma == 0, 1.0, sigma)))
         return _like_time(2 * (self.log_alpha_fn(t, *self.params) - log_sigma), t)
 
     def rates(self, t: ArrayLike) -> Rates:

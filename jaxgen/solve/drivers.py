@@ -55,6 +55,8 @@ def evaluations(solver: diffrax.AbstractSolver) -> tuple[int, int] | None:
     if issubclass(kind, diffrax.HalfSolver):
         inner = evaluations(own.solver)
         return None if inner is None else (3 * inner[0], inner[1])
+    if issubclass(kind, GridSolver):
+        return own.stages, 0
     if issubclass(kind, _ONE_CALL):
         return 1, 0
     if issubclass(kind, diffrax.ReversibleHeun):

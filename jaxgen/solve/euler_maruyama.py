@@ -37,6 +37,18 @@ class EulerMaruyama(GridSolver):
         """Always."""
         return True
 
+    def check(self, term: SemiLinearTerm) -> None:
+        """Refuse a start at alpha = 0.
+
+        Raises:
+          ValueError: there the drift of the reverse SDE is infinite.
+        """
+        if term.ends[0] is False:
+            raise ValueError(
+                "t_start is the proper end, where alpha is 0 and the drift of the reverse SDE is "
+                "infinite; expected a t_start up to t_max, or another solver"
+            )
+
     def coefficients(self, term: SemiLinearTerm, window: Window) -> Any:
         """``(t, a, b, s)`` of equation (1)."""
         return reverse_step(term, window.first, window.first.t - window.last.t)

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgen.core.arrays import cast_coefficient
+from jaxgen.core.arrays import cast_coefficient, safe_sqrt
 from jaxgen.solve.semilinear import GridSolver, Level, SemiLinearTerm, Window
 
 __all__ = ["Multistep", "Numbers", "Update", "derivative_weights", "leading", "spread"]
@@ -90,8 +90,7 @@ def leading(
       last: the level at the step's end.
       eta: share of the noise; a number 0 leaves it out.
     """
-    h = last.lam - base.lam
-    h = jnp.where(jnp.isfinite(h), h, 1.0)
+    h = gap(base, last)
     is_noisy = not is_zero(eta)
     if kind == "data":
         a = last.sigma / base.sigma
@@ -106,8 +105,21 @@ def leading(
 def spread(kind: str, last: Level, h: jax.Array, eta: Any) -> jax.Array:
     """Standard deviation of the noise of equation (1)."""
     if kind == "data":
-        return last.sigma * jnp.sqrt(-jnp.expm1(-2 * eta * h))
-    return last.sigma * jnp.sqrt(eta * jnp.expm1(2 * h))
+        return last.sigma * _root(-jnp.expm1(-2 * eta * h))
+    return last.sigma * _root(eta * jnp.expm1(2 * h))
+
+
+def _root(x: jax.Array) -> jax.Array:
+    """A square root with gradient 0 at 0 and NaN below."""
+    return jnp.where(x < 0, jnp.nan, safe_sqrt(x))
+
+
+def gap(base: Level, last: Level) -> jax.Array:
+    """``lam_t - lam_s``; 1 where it is infinite, with gradient 0."""
+    is_finite = jnp.isfinite(base.lam) & jnp.isfinite(last.lam)
+    # Masked before the difference too: infinity times zero is no gradient.
+    low, high = (jnp.where(is_finite, v.lam, 0.0) for v in (base, last))
+    return jnp.where(is_finite, high - low, 1.0)
 
 
 def derivative_weights(points: Sequence[jax.Array], active: Sequence[jax.Array]) -> jax.Array:
@@ -207,6 +219,10 @@ class Multistep(GridSolver):
     def check(self, term: SemiLinearTerm) -> None:
         """Refuse what ``refuse_pure_noise`` does."""
         refuse_pure_noise(term, self.kinds)
+
+    def additive_noise(self, numbers: Numbers) -> jax.Array | None:
+        """The deviation of the noise."""
+        return numbers.spread
 
     def start(self, term: SemiLinearTerm, x: jax.Array) -> Any:
         """An empty history."""

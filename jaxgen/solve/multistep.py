@@ -37,6 +37,7 @@ from jaxgen.solve.exponential import (
     Update,
     combined,
     derivative_weights,
+    gap,
     is_zero,
     leading,
     spread,
@@ -88,10 +89,9 @@ class ExponentialMultistep(Multistep):
         checks.one_of("second", self.second, _SECOND)
         checks.one_of("third", self.third, ("exact", "official"))
         checks.one_of("variable", self.variable, _VARIABLES)
-        if self.max_order not in (1, 2, 3):
+        if type(self.max_order) is not int or self.max_order not in (1, 2, 3):
             raise ValueError(f"order is {self.max_order!r}; expected 1, 2 or 3")
-        if isinstance(self.eta, int | float) and not self.eta >= 0:
-            raise ValueError(f"eta is {self.eta}; expected at least 0")
+        _check_eta(self.eta)
         if self.is_noisy and (self.corrector or self.variable != "log_rho"):
             raise ValueError(
                 f"eta is {self.eta} with corrector={self.corrector} and variable "
@@ -170,7 +170,7 @@ class ExponentialMultistep(Multistep):
             c = list(phi(z, n + 1))
             half = {"taylor": c[1], "half_phi": 0.5 * c[0], "half": jnp.full_like(z, 0.5)}
             moments = [jnp.where(order == 2, half[self.second], c[1]), *c[2:]]
-            span = [p.lam - base.lam for p in points]
+            span = [gap(base, p) for p in points]
             unit = h
         elif self.variable == "rho":
             rho0 = base.sigma / base.alpha
@@ -186,6 +186,7 @@ class ExponentialMultistep(Multistep):
         if self.third == "official" and n >= 2:
             moments[1] = jnp.where(order == 3, 0.5 * moments[1], moments[1])
         # Inactive points need places that no active one has: those are at most 1.
+        unit = jnp.where(unit == 0, 1.0, unit)
         r = [
             jnp.where(on, s / unit, 2.0 + j)
             for j, (s, on) in enumerate(zip(span, active, strict=True))
@@ -208,7 +209,8 @@ class ExponentialMultistep(Multistep):
         # The correction is the interval before again, with the newest output among its points:
         # both updates at once, the prediction with one point more than it uses.
         base = window.at(1)
-        before = jnp.where(jnp.isfinite(base.lam), self._order(term, window, 1) + 1, 1)
+        has_base = jnp.isfinite(base.lam) & (window.begun > 1)
+        before = jnp.where(has_base, self._order(term, window, 1) + 1, 1)
         pairs = [(window.at(1), first), *((window.at(j),) * 2 for j in range(2, self.depth))]
         a, weights = self._update(
             term,
@@ -223,6 +225,16 @@ class ExponentialMultistep(Multistep):
         is_first = window.begun == 1
         correct = Update(jnp.where(is_first, 1.0, a[1]), (jnp.where(is_first, 0.0, newest_first),))
         return Numbers(first.t, parts, predict, correct, noise)
+
+
+def _check_eta(eta: Any) -> None:
+    # Inside a transformation a solver's leaves may be placeholders.
+    if isinstance(eta, str | bool) or eta is None:
+        raise ValueError(f"eta is {eta!r}; expected a real number of at least 0")
+    if isinstance(eta, int | float | np.number | np.ndarray | jax.Array):
+        known = checks.concrete(eta)
+        if jnp.shape(eta) != () or (known is not None and not known >= 0):
+            raise ValueError(f"eta is {eta}; expected one real number of at least 0")
 
 
 def _both(a: Level, b: Level) -> Level:

@@ -98,7 +98,7 @@ def as_predictor(solver: GridSolver) -> Callable[[Chain], Step]:
                 'grid "score_sde" has steps of fixed length, for euler_maruyama, '
                 f'{", ".join(KERNELS)}; {name} needs a grid of levels such as "time"'
             )
-        if solver.start(chain.term, jnp.zeros(())) is not None:
+        if solver.depth > 1:
             raise ValueError(
                 f"solver {name} keeps a history and so is no predictor of one step; expected one "
                 f"such as ddim, heun, euler_maruyama, {' or '.join(KERNELS)} with a corrector"
@@ -106,18 +106,22 @@ def as_predictor(solver: GridSolver) -> Callable[[Chain], Step]:
         # A chain's indices rise with time.
         numbers = jax.tree.map(lambda v: v[::-1], tabulate(chain.term, solver))
         calls = solver.calls(chain.term, numbers)
+
+        def blank(x: jax.Array) -> Any:
+            return solver.start(chain.term, x)
+
         spreads = solver.additive_noise(numbers)
         if spreads is not None:
 
             def apply(noise: Any, x: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-                mean, _ = solver.advance(chain.term, at(numbers, i), None, x, None)
+                mean, _ = solver.advance(chain.term, at(numbers, i), None, x, blank(x))
                 return mean + cast_coefficient(at(spreads, i), x) * noise, mean
 
             return Step(chain.normal, apply, calls, name)
 
         def whole(noise: Any, x: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
             drawn = None if noise is None else (jnp.ones(()), noise)
-            x, _ = solver.advance(chain.term, at(numbers, i), drawn, x, None)
+            x, _ = solver.advance(chain.term, at(numbers, i), drawn, x, blank(x))
             return x, x
 
         def draw(key: jax.Array, x: jax.Array) -> Any:

@@ -98,7 +98,7 @@ class Moments:
         for n in range(len(times) - 1):
             if isinstance(solver, solve.ExponentialMultistep):
                 factor = numbers.predict.factor[n]
-                weights = [w[n] for w in numbers.predict.weights[0]]
+                weights = list(numbers.predict.weights[0][n])
                 spread = 0.0 if numbers.spread is None else numbers.spread[n]
             else:
                 _, factor, weight, spread = (v[n] for v in numbers)

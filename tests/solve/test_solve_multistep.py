@@ -3,6 +3,7 @@
 import functools
 import math
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -345,6 +346,56 @@ def test_starts_of_their_own(key, solver):
     np.testing.assert_allclose(run(x, starts)[2], alone[2], atol=1e-5)
 
 
+# --- gradients and other loops --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm_3", "dpmpp_3m"])
+def test_gradient_in_a_parameter_of_the_process(solver):
+    _, exact = problem()
+    x = jnp.asarray(states(), jnp.float32)
+
+    @jax.jit
+    def end(beta_max):
+        own = process.vp(beta_max=beta_max)
+        options = {"steps": 5, "x_init": x, "solver": solver}
+        return solve.sample(jax.random.key(0), exact.noise, own, SHAPE, **options).x.sum()
+
+    got = float(jax.grad(end)(20.0))
+    want = float(end(20.2) - end(19.8)) / 0.4
+    assert abs(got - want) < 0.02 * abs(want) + 1e-3, (got, want)
+
+
+def test_gradients_at_the_ends_are_numbers(key):
+    x = jax.random.normal(key, (2, 3))
+
+    def end(betas, eta):
+        sde = process.discrete_betas(betas)
+        solver = solve.dpmpp(2, eta=eta)
+        options = {"solver": solver, "steps": 4, "t_end": -1.0, "x_init": x}
+        return solve.sample(key, lambda x, t: jnp.tanh(x), sde, x.shape, **options).x.sum()
+
+    betas = jnp.linspace(1e-3, 0.2, 20)
+    by_betas, by_eta = jax.jit(jax.grad(end, (0, 1)))(betas, 0.0)
+    assert bool(jnp.isfinite(by_betas).all()) and bool(jnp.isfinite(by_eta))
+    assert float(jnp.abs(by_betas).max()) > 0
+
+
+def test_in_a_loop_with_a_corrector_and_under_half_steps(key):
+    sde, exact = problem()
+    options = {"steps": 6, "corrector": solve.langevin_corrector()}
+    run = functools.partial(solve.sample, key, exact.noise, sde, SHAPE)
+    first = jax.jit(lambda: run(solver=solve.dpmpp(1), **options).x)()
+    np.testing.assert_allclose(first, jax.jit(lambda: run(solver="ddim", **options).x)(), atol=1e-5)
+    with pytest.raises(ValueError, match="keeps a history"):
+        run(solver="unipc", **options)
+    halves = diffrax.HalfSolver(solve.dpmpp(2))
+    controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+    x = jnp.asarray(states(), jnp.float32)
+    out = jax.jit(lambda: run(solver=halves, controller=controller, x_init=x))()
+    fine = draw("dpm_3", grid="log_snr", steps=100).x
+    assert float(jnp.abs(out.x - fine).max()) < 0.02 and int(out.nfe.min()) > 10
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 
@@ -352,6 +403,9 @@ def test_starts_of_their_own(key, solver):
     ("make", "words"),
     [
         (lambda: solve.dpmpp(4), "order is 4; expected 1, 2 or 3"),
+        (lambda: solve.dpmpp(2.0), "order is 2.0"),
+        (lambda: solve.dpmpp(2, eta="a"), "eta is 'a'"),
+        (lambda: solve.dpmpp(2, eta=jnp.zeros(4)), "one real number"),
         (lambda: solve.dpmpp(2, third="wrong"), "third is 'wrong'"),
         (lambda: solve.dpmpp(2, eta=-0.1), "eta is -0.1"),
         (lambda: solve.unipc(2, variant="bh3"), "variant is 'bh3'"),
@@ -371,6 +425,13 @@ def test_noise_prediction_from_pure_noise_is_refused(key, solver):
     sde = process.rectified()
     with pytest.raises(ValueError, match="alpha is 0"):
         solve.sample(key, lambda x, t: x, sde, (2, 3), solver=solver, t_start=1.0, steps=4)
+
+
+def test_euler_maruyama_from_pure_noise_is_refused(key):
+    with pytest.raises(ValueError, match="alpha is 0"):
+        solve.sample(
+            key, lambda x, t: x, process.cosine(), (2, 3), solver="euler_maruyama", t_start=1.0
+        )
 
 
 @pytest.mark.parametrize("bad", [lambda x: x[:, :1], lambda x: x.astype(int), lambda x: x + 1j])

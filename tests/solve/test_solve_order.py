@@ -197,7 +197,7 @@ def moments_error(solver, steps):
     covariance = np.zeros((depth, depth))
     covariance[0, 0] = total[0]
     for n in range(steps):
-        weights = [float(w[n]) for w in own.predict.weights[0]]
+        weights = own.predict.weights[0][n]
         step = np.zeros((depth, depth))
         step[0, 0] = own.predict.factor[n] + weights[0] * gain[n]
         step[0, 1:] = weights[1:]
