@@ -69,6 +69,9 @@ Net = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 _TARGETS = ("noise", "data", "velocity")
 # Processes that equation (1) describes.
 _KINDS = ("mean_reverting", "ir_sde")
+# Options of ``sample`` that serve every anchor, and those that solve each sample by itself.
+_OPTIONS = ("x_init", "dtype", "event_ndim", "first_index", "progress", "max_steps")
+_SINGLY = ("brownian", "adjoint", "controller")
 # Below this many steps the published loop lowers its last orders.
 _FEW_STEPS = 10
 _RHO = 7.0
@@ -123,9 +126,29 @@ def _anchored(
     own = dataclasses.replace(sde, mu=mu)
     shape = mu.shape if shape is None else tuple(shape)
     own.centre(jax.ShapeDtypeStruct(shape, mu.dtype))  # type: ignore[arg-type]
+    single = [name for name in _SINGLY if options.get(name) is not None]
+    if single and options.get("event_ndim") is None and mu.ndim == len(shape) and mu.shape[0] != 1:
+        raise ValueError(
+            f"{single[0]} is set, which solves each sample by itself, and mu has a batch axis, "
+            f"shape {mu.shape}; vmap over keys and mu, with event_ndim={len(shape) - 1}"
+        )
     if options.get("dtype") is None and options.get("x_init") is None:
         options = {**options, "dtype": mu.dtype}
     return own, shape, options
+
+
+def _check_options(options: dict[str, Any], *more: str) -> None:
+    """Refuse options that these samplers set themselves, and what are none."""
+    for name in options:
+        if name in ("t_start", "t_end", "grid", "lam_min"):
+            raise ValueError(
+                f"{name} is {options[name]!r}, and the grid alone sets the times here; expected "
+                "mr_sample(..., grid=mr_grid(..., lam_min=..., t_end=...)) for other ones"
+            )
+        if name not in (*_OPTIONS, *_SINGLY, *more):
+            raise TypeError(
+                f"unexpected option {name!r}; expected of {', '.join((*_OPTIONS, *_SINGLY, *more))}"
+            )
 
 
 # --- the grids ------------------------------------------------------------------------------------
@@ -298,15 +321,17 @@ def mr_sample(
         (module docstring). ``True`` serves data prediction on ``"linspace"``, whose last step spans
         the most log-SNR: a fifth of the error at 10 steps, a third at 20 (Gaussian data).
       **options: ``x_init``, ``dtype`` (``x_init``'s or else ``mu``'s if ``None``), ``event_ndim``,
-        ``first_index`` and ``progress`` of ``sample``.
+        ``first_index`` and ``progress`` of ``sample``; where ``mu`` has no batch axis, or as one
+        example with ``event_ndim``, also ``brownian``, ``adjoint``, ``controller``, ``max_steps``.
 
     Returns:
       A ``Sample``; ``nfe`` equals ``steps``.
 
     Raises:
       ValueError: unknown names, steps below the order, order 3 for the SDE, shapes that do not fit,
-        times that coincide or are out of range, or noise prediction from where alpha is 0.
-      TypeError: a raw key or integer images.
+        times that coincide or are out of range, or noise prediction from where alpha is 0;
+        ``t_start`` or ``t_end``; a batch of anchors for what solves each sample by itself.
+      TypeError: a raw key, integer images or an unknown option.
 
     A NaN of the network spreads to the samples, and ``result`` says so.
 
@@ -320,6 +345,7 @@ def mr_sample(
       >>> int(out.nfe), bool(abs(out.x - 1).max() < 0.02)
       (5, True)
     """
+    _check_options(options)
     checks.one_of("solver", solver, ("ode", "sde"))
     checks.one_of("predict", predict, ("data", "noise"))
     if solver == "sde" and order == 3:
@@ -376,6 +402,7 @@ def _baseline(
     fit_target: str,
     options: dict[str, Any],
 ) -> Sample:
+    _check_options(options, "denoise_last")
     own, shape, options = _anchored(mu, sde, shape, options)
     field, prediction = mr_field(net, own, fit_target)
     grid = mr_grid("linspace", own, steps, lam_min=None)
@@ -410,7 +437,7 @@ def mr_posterior_sample(
       shape: of the samples.
       steps: ``None`` for all steps of an ``ir_sde``, else 100.
       fit_target: what the network predicts.
-      **options: see ``mr_sample``.
+      **options: see ``mr_sample``; and ``denoise_last`` of ``sample``.
 
     Raises:
       ValueError: see ``mr_sample``.
@@ -444,7 +471,7 @@ def mr_euler_sample(
       steps: intervals, and calls.
       form: ``"sde"`` or ``"ode"``.
       fit_target: what the network predicts.
-      **options: see ``mr_sample``.
+      **options: see ``mr_sample``; and ``denoise_last`` of ``sample``.
 
     Raises:
       ValueError: see ``mr_sample``, or another form.
@@ -478,7 +505,7 @@ def mr_heun_sample(
       shape: of the samples.
       steps: intervals.
       fit_target: what the network predicts.
-      **options: see ``mr_sample``.
+      **options: see ``mr_sample``; and ``denoise_last`` of ``sample``.
 
     Raises:
       ValueError: see ``mr_sample``.

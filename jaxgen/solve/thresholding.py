@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxgen.core import checks
 from jaxgen.core.arrays import batch_event, left_broadcast
 from jaxgen.process.linear import LinearSDE
 from jaxgen.score.prediction import Field, convert
@@ -48,7 +49,7 @@ def dynamic_threshold(
       event_ndim: ``None`` for a batch, the example's ``ndim`` for one alone.
 
     Raises:
-      ValueError: an argument out of range.
+      ValueError: an argument out of range; when it cuts, an example without axes.
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio is {ratio}; expected a quantile in (0, 1]")
@@ -57,6 +58,12 @@ def dynamic_threshold(
 
     def cut(data: jax.Array) -> jax.Array:
         batch, event = batch_event(data, event_ndim)
+        if not event:
+            raise ValueError(
+                f"the data prediction has shape {data.shape} and event_ndim is {event_ndim}: an "
+                "example without axes has no quantile; expected event_ndim=None for a batch of "
+                "examples with axes, the example's ndim for one alone"
+            )
         axes = tuple(range(len(batch), len(batch) + len(event)))
         size = jnp.abs(data.astype(jnp.promote_types(data.dtype, jnp.float32)))
         s = left_broadcast(jnp.clip(jnp.quantile(size, ratio, axis=axes), least, limit), data)
@@ -83,6 +90,7 @@ def thresholded(field: Field, sde: LinearSDE, cut: Cut, *, prediction: str = "no
     """
 
     def data(x: jax.Array, t: jax.Array) -> jax.Array:
-        return cut(convert(field(x, t), x, t, sde, prediction, "data"))
+        out = checks.cast_field_output(field(x, t), x)
+        return cut(convert(out, x, t, sde, prediction, "data"))
 
     return data

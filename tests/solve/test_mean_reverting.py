@@ -20,7 +20,7 @@ from jaxgen.solve.mean_reverting import (
     mr_posterior_sample,
     mr_sample,
 )
-from jaxgen.solve.thresholding import clip_to, dynamic_threshold
+from jaxgen.solve.thresholding import clip_to, dynamic_threshold, thresholded
 
 MEAN = np.array([[0.2, 0.5, 0.7, 0.4]])
 VARIANCE = np.array([[0.01, 0.002, 0.03, 0.0005]])
@@ -350,6 +350,10 @@ def test_thresholds(key):
     # The quantile of |x| at 2/3 is 2, cut down to 1.6: then all is divided by it.
     dynamic = jax.jit(lambda: run(dynamic_threshold(2 / 3, limit=1.6)))()
     np.testing.assert_allclose(dynamic[0], [-1, 0, 1 / 1.6, 1], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"shape \(3,\) and event_ndim is None"):
+        dynamic_threshold()(jnp.ones(3))
+    with pytest.raises(ValueError, match=r"field\(x, t\) returned shape \(2,\)"):
+        thresholded(lambda x, t: x[0], process.vp(), clip_to(0.0, 1.0))(jnp.ones((3, 2)), 0.5)
     with pytest.raises(ValueError, match="low is 1"):
         clip_to(1.0, 0.0)
     with pytest.raises(ValueError, match="ratio is 0"):
@@ -436,6 +440,19 @@ def test_bad_input(key):
     }.items():
         with pytest.raises(ValueError, match=match):
             run(**options)
+    for match, options in {
+        "brownian is set.*mu has a batch axis.*event_ndim=1": {"brownian": "tree"},
+        "t_end is 1.0, and the grid alone": {"t_end": 1.0},
+        "t_start is 90.0": {"t_start": 90.0},
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            run(**options)
+    with pytest.raises(ValueError, match="grid is 'leading', and the grid alone"):
+        mr_posterior_sample(key, lambda x, mu, t: x, mu, sde, grid="leading")
+    with pytest.raises(TypeError, match="unexpected option 'corrector'"):
+        run(corrector=True)
+    # One anchor alone serves a solver that takes each sample by itself.
+    assert run(mu=mu[0], shape=(3, 4), steps=3, brownian="tree", solver="sde").shape == (3, 4)
     with pytest.raises(ValueError, match="sigma_inf is 0"):
         process.mean_reverting(mu, sigma_inf=0.0)
     with pytest.raises(ValueError, match="velocity is defined for mean_reverting"):
