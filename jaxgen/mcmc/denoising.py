@@ -156,8 +156,8 @@ def denoise(
 
     Raises:
       ValueError: as ``solve.sample``, which also refuses solvers and grids that know no start per
-        sample; shapes that do not fit.
-      TypeError: a raw key, or states that are not floating.
+        sample; shapes that do not fit; ``denoise_last``, which is ``tweedie``.
+      TypeError: a raw key, states that are not floating, or a class for ``solver``.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -177,7 +177,13 @@ def denoise(
             f"start.sigma has shape {sigma.shape} and start.x {x.shape}; expected (draws, chains) "
             "and (draws, chains, *event), or (draws,) and (draws, *event)"
         )
+    _check_solver(solver)
     _check_grid(options)
+    if options.get("denoise_last"):
+        raise ValueError(
+            "denoise_last is True, and that is tweedie: the same last step; leave it out, and pass "
+            "tweedie=True or False"
+        )
     end = jnp.asarray(sde.t_end if t_end is None else t_end)
     is_proper = sde.sigma(end) <= 0
     lowest = level_of(sde, jnp.where(is_proper, sde.t_min, end))
@@ -236,6 +242,14 @@ def denoise(
         return Denoised(clean, nfe, extra, _result(out.result, is_near, clean))
 
     return jax.lax.map(one, (jnp.arange(x.shape[0]), x, sigma))
+
+
+def _check_solver(solver: Any) -> None:
+    if isinstance(solver, type):
+        raise TypeError(
+            f"solver is the class {solver.__name__}; expected a name, an object such as "
+            f"{solver.__name__}(), or a function (key, x, t_start) -> Sample"
+        )
 
 
 def _check_grid(options: Mapping[str, Any]) -> None:

@@ -614,6 +614,10 @@ def test_bad_input_of_the_rest():
         mcmc.denoise(key, Start(start.x, jnp.ones(3)), noise, SDE)
     with pytest.raises(ValueError, match="solver"):
         mcmc.denoise(key, start, noise, SDE, solver="rk5")
+    with pytest.raises(ValueError, match="that is tweedie"):
+        mcmc.denoise(key, start, noise, SDE, denoise_last=True)
+    with pytest.raises(TypeError, match="solver is the class Heun"):
+        mcmc.denoise(key, start, noise, SDE, solver=solve.Heun)
     with pytest.raises(ValueError, match=r"state\.x has shape"):
         mcmc.denoising_mcmc(key, noise, SDE, logits, GRID, (4, 2), state=FIRST, **WHOLE)
     with pytest.raises(ValueError, match="sigma_min"):
