@@ -214,7 +214,8 @@ def _mutate(
     if rng.random() < config.rate:
         new = dataclasses.replace(new, scale_corrector=np.asarray(rng.random() < 0.5))
     evaluations = new.steps - int(new.afs > 0)
-    if rng.random() < config.rate:
+    # An analytic step alone cannot be evaluated at no call.
+    if rng.random() < config.rate and evaluations > 0:
         new = dataclasses.replace(new, afs=np.asarray(rng.choice(3, p=config.afs), np.int32))
     if rng.random() < config.relocate and new.steps > 1:
         new = _without_step(rng, new)

@@ -172,6 +172,17 @@ def test_mutation_and_crossover_keep_what_they_must(plain):
         for name in changed:
             changed[name] += not np.array_equal(getattr(new, name), getattr(schedule, name))
     assert min(changed.values()) > 5, changed
+    # One step, and that analytic, has no evaluation to give away.
+    alone = dataclasses.replace(next(iter(baseline_schedules(1, SDE).values())), afs=np.int32(1))
+    for i in range(20):
+        assert (
+            int(
+                schedule_nfe(
+                    mutate(jax.random.key(i), alone, dataclasses.replace(config, rate=1.0))
+                )
+            )
+            == 0
+        )
     assert identity(mutate(jax.random.key(3), schedule)) == identity(
         mutate(jax.random.key(3), schedule)
     )
