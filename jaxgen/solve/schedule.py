@@ -267,7 +267,7 @@ def schedule_from_baseline(
 
     Raises:
       ValueError: an unknown name, kind or variant, or a grid that ``make_grid`` refuses; fewer
-        steps than the order.
+        steps than the order; a traced process or grid.
 
     Example:
       >>> from jaxgen import process
@@ -290,13 +290,26 @@ def schedule_from_baseline(
         order, corrector, variant = 1 if name == "ddim" else int(name[-2]), False, "bh2"
     if lower_order_final is None:
         lower_order_final = steps < _FEW_STEPS
-    times = make_grid(grid, sde, steps, t_start=t_start, t_end=t_end, dtype=jnp.result_type(float))
-    lam = np.asarray(0.5 * sde.log_snr(times))
+    lam = _known_knots(sde, steps, t_start, t_end, grid)
     if len(lam) - 1 < order:
         raise ValueError(f"steps is {len(lam) - 1} for {name} of order {order}")
     return plain_schedule(
         lam, kind, order, variant, corrector=corrector, lower_order_final=lower_order_final
     )
+
+
+def _known_knots(sde: LinearSDE, steps: int, t_start: Any, t_end: Any, grid: Any) -> np.ndarray:
+    """``lam`` at the grid's times, known under ``jit`` too: a baseline's decisions depend on it."""
+    with jax.ensure_compile_time_eval():
+        dtype = jnp.result_type(float)
+        times = make_grid(grid, sde, steps, t_start=t_start, t_end=t_end, dtype=dtype)
+        lam = checks.concrete(0.5 * sde.log_snr(times))
+    if lam is None:
+        raise ValueError(
+            "the process (or t_start, t_end, grid) is traced; the process must be known: make the "
+            "schedule outside jit, grad and vmap, and pass it in"
+        )
+    return lam
 
 
 def plain_schedule(
@@ -353,10 +366,9 @@ def baseline_schedules(
       lower_order_final: lower the orders of the last steps.
 
     Raises:
-      ValueError: a grid that ``make_grid`` refuses.
+      ValueError: a grid that ``make_grid`` refuses; a traced process or grid.
     """
-    times = make_grid(grid, sde, steps, t_start=t_start, t_end=t_end, dtype=jnp.result_type(float))
-    lam = np.asarray(0.5 * sde.log_snr(times))
+    lam = _known_knots(sde, steps, t_start, t_end, grid)
     return {
         f"{kind}-{order}-{relaxation}{'-corrected' if corrector else ''}": plain_schedule(
             lam,

@@ -29,8 +29,10 @@ from jaxgen.solve.exponential import (
 from jaxgen.solve.phi import phi
 from jaxgen.solve.sample import sample
 from jaxgen.solve.schedule import (
+    AFS,
     MAX_ORDER,
     NOISE,
+    RELAXATIONS,
     STATISTICS,
     SolverSchedule,
     schedule_times,
@@ -256,10 +258,17 @@ class ScheduleSolver(Multistep):
         """
         base, first = window.at(1), window.first
         older = [window.at(j) for j in range(2, self.depth)]
-        now, before = self._decisions(n), self._decisions(n - 1)
+        # Before the first step there is nothing: of order 1 no point takes part, at distance 0.
+        is_first = window.begun == 1
+        last_n = jnp.maximum(n - 1, 0)
+        now, before = self._decisions(n), self._decisions(last_n)
+        before = before._replace(
+            order=jnp.where(is_first, 1, before.order),
+            est_order=jnp.where(is_first, 0, before.est_order),
+        )
         is_relaxed = jnp.asarray(self.schedule.scale_corrector) & (before.order == 1)
         higher = before._replace(
-            order=before.order + 1,
+            order=jnp.where(is_first, 1, before.order + 1),
             est_order=jnp.zeros_like(before.est_order),
             relax_kind=jnp.where(is_relaxed, before.relax_kind, 0),
         )
@@ -280,8 +289,7 @@ class ScheduleSolver(Multistep):
                 for each in zip(bases, lasts, points, decisions, strict=True)
             ]
             factor, weights, shift = self._chosen(term, factor, weights, own)
-        is_first = window.begun == 1
-        is_on = jnp.asarray(self.schedule.corrector).at[n - 1].get(mode="clip")
+        is_on = jnp.asarray(self.schedule.corrector).at[last_n].get(mode="clip")
         again = []
         for own_weights in weights:
             w = jnp.moveaxis(own_weights, 1, 0)
@@ -358,14 +366,39 @@ class ScheduleSolver(Multistep):
         )
 
     def _spoilt(self, factor: jax.Array, window: Window) -> jax.Array:
-        """NaN on another grid than the schedule's, where only values tell."""
-        lam = jnp.asarray(self.schedule.lam)
-        is_same = self._is_same(window.first.lam, lam.at[window.begun - 1].get(mode="clip"))
+        """NaN for decisions that are none, or on another grid; where only values tell."""
+        lam, n = jnp.asarray(self.schedule.lam), window.begun - 1
+        is_same = self._is_same(window.first.lam, lam.at[n].get(mode="clip"))
         is_same &= self._is_same(window.last.lam, lam.at[window.begun].get(mode="clip"))
         checks.debug_check(
             jnp.all(is_same), "the grid is not the schedule's: {lam}", lam=window.last.lam
         )
-        return jnp.where(is_same, factor, jnp.nan)
+        is_fine = self._is_proper(lam, n)
+        checks.debug_check(is_fine, "the schedule has a bad entry at step {step}", step=n + 1)
+        return jnp.where(is_same & is_fine, factor, jnp.nan)
+
+    def _is_proper(self, lam: jax.Array, n: jax.Array) -> jax.Array:
+        """Whether step ``n`` is one that ``validate_schedule`` takes, ``()``."""
+        own, afs = self._decisions(n), jnp.asarray(self.schedule.afs)
+        ends = jnp.isfinite(lam.at[n].get(mode="clip")) & jnp.isfinite(
+            lam.at[n + 1].get(mode="clip")
+        )
+        outputs = n + jnp.isfinite(lam[0])  # one at infinite log-SNR is no point
+        cap = jnp.where(ends, jnp.clip(outputs, 1, MAX_ORDER), 1)
+        types = STATISTICS if self.model is None else STATISTICS + 1
+        return (
+            (own.ptype >= 0)
+            & (own.ptype < types)
+            & (own.order >= 1)
+            & (own.order <= cap)
+            & (own.est_order >= 0)
+            & (own.est_order < own.order)
+            & (own.relax_kind >= 0)
+            & (own.relax_kind < len(RELAXATIONS))
+            & jnp.isfinite(own.relax_coef)
+            & (afs >= 0)
+            & (afs < len(AFS))
+        )
 
     def advance(
         self,
@@ -405,11 +438,14 @@ def usf(schedule: SolverSchedule, *, x0_mean: Any = None, statistics: Any = None
       x0_mean: mean of the data, of the event's shape, for ``afs`` 2; a traced ``afs`` without it
         takes zero.
       statistics: of the model, see ``estimate_statistics``, for ``ptype`` 2; neither ``est_order``
-        nor ``relax_kind`` act there, and a traced ``ptype`` without them takes data for it.
+        nor ``relax_kind`` act there.
 
     Raises:
       ValueError: ``validate_schedule`` refuses it; the statistics do not cover its steps of
         ``ptype`` 2.
+
+    Of traced entries, those that ``validate_schedule`` would refuse give NaN, and an error under
+    ``checkify``.
     """
     validate_schedule(schedule, statistics=statistics, x0_mean=x0_mean)
     afs = checks.concrete(schedule.afs)

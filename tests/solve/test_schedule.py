@@ -246,6 +246,46 @@ def test_steps_on_statistics_are_those_of_dpm_solver_v3():
     np.testing.assert_allclose(draw(plain, own), by_schedule(plain, sde, law, x).x, atol=1e-5)
 
 
+def test_the_process_has_a_gradient():
+    """At fixed times; the first step's empty history takes no part in it."""
+    with jax.enable_x64(True):
+        x = problem()[2]
+        schedule = schedule_from_baseline("unipc", 3, process.vp())
+        times = schedule_times(process.vp(), schedule)
+
+        @jax.jit
+        @jax.value_and_grad
+        def total(beta_max):
+            sde = process.vp(beta_max=beta_max)
+            law = score.closed_form.gaussian(sde, jnp.ones(3), 0.25)
+            options = {"solver": usf(schedule), "grid": times, "x_init": x}
+            return solve.sample(jax.random.key(0), law.noise, sde, SHAPE, **options).x.sum()
+
+        slope = total(20.0)[1]
+        measured = (total(20.002)[0] - total(19.998)[0]) / 0.004
+        assert float(slope) == pytest.approx(float(measured), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"ptype": {1: 2}},
+        {"ptype": {1: 5}},
+        {"order": {1: 3}},
+        {"order": {4: 0}},
+        {"est_order": {2: 3}},
+        {"relax_kind": {1: 6}},
+        {"relax_coef": {1: np.inf}},
+        {"afs": {(): 3}},
+    ],
+)
+def test_bad_values_that_are_traced_give_nan(entries):
+    sde, law, x = problem()
+    schedule = schedule_from_baseline("unipc", STEPS, sde)
+    assert bool(jnp.isfinite(by_schedule(schedule, sde, law, x).x).all())
+    assert bool(jnp.isnan(by_schedule(changed(schedule, **entries), sde, law, x).x).all())
+
+
 @pytest.mark.slow
 def test_knots_have_a_gradient():
     sde, law, x = problem()
@@ -358,6 +398,11 @@ def test_bad_input():
     with pytest.raises(ValueError, match="steps is 2"):
         schedule_from_baseline("unipc", 2, sde)
     assert checks.concrete(schedule_nfe(schedule)) == STEPS
+    # Known under jit; a process that is traced tells nothing at trace time.
+    jax.eval_shape(lambda: schedule_from_baseline("unipc", STEPS, sde))
+    for make in (baseline_schedules, functools.partial(schedule_from_baseline, "unipc")):
+        with pytest.raises(ValueError, match="process must be known"):
+            jax.eval_shape(lambda sde, make=make: make(STEPS, sde=sde), sde)
 
 
 def test_files_hold_every_bit(tmp_path):
