@@ -38,7 +38,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxgen.core import checks, keys
-from jaxgen.core.arrays import at_least_f32, left_broadcast
+from jaxgen.core.arrays import at_least_f32, left_broadcast, unsharded
 from jaxgen.process.linear import LinearSDE
 from jaxgen.score.derivatives import probes
 from jaxgen.score.prediction import PREDICTIONS, Field, convert
@@ -101,10 +101,10 @@ class Statistics:
         """
         dtype = jnp.promote_types(lam.dtype, self.l.dtype)
         nodes = jnp.asarray(self.lam, dtype)
-        lam = lam.astype(dtype)
+        lam = unsharded(lam.astype(dtype))
         n = nodes.shape[0]
         # The nodes' last point at most, so that a rounding beyond them extrapolates.
-        cell = jnp.searchsorted(nodes, lam.reshape(-1), side="right").reshape(lam.shape) - 1
+        cell = jnp.searchsorted(nodes, lam, side="right") - 1
         first = jnp.clip(cell - 1, 0, n - _POINTS)
         rows = [first + i for i in range(_POINTS)]
         at = [nodes.at[i].get(mode="clip") for i in rows]
@@ -311,10 +311,12 @@ def estimate_statistics(
     drawn = jax.random.permutation(key_data, count)[jnp.arange(n_samples) % count]
     times, lam = _levels(sde, n_grid, t_start, t_end, x0.dtype)
     mu = sde.centre(x0)
+    if mu is not None:
+        mu = None if mu.shape[0] == 1 else unsharded(mu).at[drawn].get(mode="clip")
     samples: dict[str, Any] = {
-        "x0": x0.at[drawn].get(mode="clip"),
+        "x0": unsharded(x0).at[drawn].get(mode="clip"),
         "noise": keys.normal(key_noise, (n_samples, *event), x0.dtype),
-        "mu": None if mu is None or mu.shape[0] == 1 else mu.at[drawn].get(mode="clip"),
+        "mu": mu,
         "probe": None,
     }
     if estimator == "hutchinson":

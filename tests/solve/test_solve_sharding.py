@@ -93,6 +93,22 @@ def test_explicit_mesh(key, row):
         np.testing.assert_allclose(out, want, atol=2e-5)
 
 
+def test_statistics_on_an_explicit_mesh(key):
+    sde, exact = closed()
+    x0 = exact.sample(key, (N, 2))
+
+    @jax.jit
+    def slopes(x0):
+        own = solve.estimate_statistics(key, exact.noise, sde, x0, n_grid=N - 1, n_samples=N)
+        lam = jax.sharding.reshard(own.lam, SPEC)
+        return own.lam, own.at(lam)[0]
+
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        lam, out = slopes(jax.device_put(x0, SPEC))
+    want = jax.nn.sigmoid(-2 * np.asarray(lam) - np.log(0.25))  # sigma^2/(alpha^2 v + sigma^2)
+    np.testing.assert_allclose(out, np.stack([want, want], axis=1), atol=1e-4)
+
+
 def test_batch_norms_are_averaged_over_the_mesh(key):
     sde, exact = closed()
     x = jax.random.normal(jax.random.key(4), (N, 2))
