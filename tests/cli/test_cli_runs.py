@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxgen import train
 from jaxgen.cli import main
 from jaxgen.train.recipes.run import open_run
+from jaxgen.train.recipes.statistics import _digest, _found
 from jaxgen.train.report import read_lines
 
 SETTINGS = {
@@ -313,6 +314,14 @@ def test_sample_with_statistics_that_are_kept(moons, tmp_path, capsys):
     assert snapshot(moons / "statistics") == kept
     first, again = (np.load(tmp_path / name)["x"] for name in ("a.npz", "b.npz"))
     assert np.isfinite(first).all() and (first == again).all()
+    # Those of other parameters at the same step do not serve.
+    about = json.loads((moons / "statistics" / "statistics.json").read_text())["made"]
+    wanted = {"step": about["step"], "params": about["params"]}
+    assert _found(moons / "statistics", wanted) is not None
+    params = open_run(moons).params
+    assert _digest(params) == about["params"]
+    other = _digest(jax.tree.map(lambda v: v + 1e-6, params))
+    assert _found(moons / "statistics", {**wanted, "params": other}) is None
 
 
 def test_compare_goes_on_with_the_rows_it_has(moons, tmp_path, capsys):

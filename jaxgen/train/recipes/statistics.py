@@ -1,15 +1,18 @@
 """DPM-Solver-v3's statistics of a trained run: estimated once, kept in the run's folder.
 
 They are of the averaged parameters of one step, from the run's training examples. The folder
-``RUN/statistics`` is used again as long as the step and the settings are the same.
+``RUN/statistics`` is used again as long as the step, these parameters and the settings are the
+same.
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgen.solve.statistics import (
     Statistics,
@@ -55,6 +58,8 @@ def statistics_of_run(
     folder = Path(experiment.config.out) / FOLDER
     wanted: dict[str, Any] = {"step": run.step, "n_grid": n_grid, "n_samples": n_samples}
     if is_kept:
+        # A run that was trained anew in the same folder comes to the same step.
+        wanted["params"] = _digest(run.params)
         found = _found(folder, wanted)
         if found is not None:
             return found
@@ -79,11 +84,18 @@ def statistics_of_run(
 
     made = jax.block_until_ready(estimate(run.params, jnp.asarray(raw)))
     ends = {"t_start": float(experiment.sde.t_max), "t_end": float(experiment.sde.t_end)}
-    about = dict(made.made) | ends | {"step": run.step, "ema": experiment.config.ema}
+    about = dict(made.made) | ends | wanted | {"ema": experiment.config.ema}
     made = dataclasses.replace(made, made=tuple(about.items()))
     if is_kept:
         save_statistics(folder, made)
     return made
+
+
+def _digest(params: Any) -> str:
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _found(folder: Path, wanted: dict[str, Any]) -> Statistics | None:
