@@ -406,10 +406,10 @@ def dpmv3(
       field once a step. A last time with sigma = 0 gives the data prediction there.
 
     Raises:
-      ValueError: a value that is none of these; statistics that do not rise or are not finite.
+      ValueError: a value that is none of these; statistics that do not rise or are not finite; when
+        sampling, fewer steps than the order, times that the statistics do not cover, or another
+        event than theirs.
       TypeError: ``statistics`` are none.
-      ValueError: when sampling, fewer steps than the order; times that the statistics do not cover;
-        another event than theirs.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -418,8 +418,11 @@ def dpmv3(
       >>> exact = score.closed_form.gaussian(sde, jnp.ones(2), 0.25)
       >>> key_data, key_made, key = jax.random.split(jax.random.key(0), 3)
       >>> x0 = exact.sample(key_data, (64, 2))
-      >>> own = solve.estimate_statistics(key_made, exact.noise, sde, x0, n_samples=64)
-      >>> out = solve.sample(key, exact.noise, sde, (4, 2), solver=solve.dpmv3(own), steps=5)
+      >>> make = jax.jit(lambda x0: solve.estimate_statistics(
+      ...     key_made, exact.noise, sde, x0, n_grid=20, n_samples=64))
+      >>> solver = solve.dpmv3(make(x0))
+      >>> out = jax.jit(lambda key: solve.sample(
+      ...     key, exact.noise, sde, (4, 2), solver=solver, steps=5))(key)
       >>> out.x.shape, int(out.nfe)
       ((4, 2), 5)
     """
