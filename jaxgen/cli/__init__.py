@@ -18,7 +18,7 @@ COMMANDS = {
     "sample": "draw samples from a trained run",
     "evaluate": "measure a trained run again, with other counts or another solver",
     "compare": "draw solvers of a trained run side by side: quality against evaluations",
-    "search": "search a solver for a trained run at a few evaluations",
+    "search": "search for the solver that suits a trained run at a few evaluations",
     "inpaint": "hide part of held-out images and let a trained run fill it in",
     "systems": "the published systems in this library, where they live, what was measured",
     "version": "versions and devices, for a bug report",
@@ -31,6 +31,7 @@ _EXAMPLES = """\
   jaxgen train --data moons --process ve        a two-dimensional toy, another process
   jaxgen train --share 0.1                      the same network in a tenth of its weights
   jaxgen sample runs/digits-vp --n 64           new digits from the run's checkpoint
+  jaxgen compare runs/digits-vp                 which solver, at how many evaluations
   jaxgen train --help                           every setting, with its default"""
 
 
