@@ -305,6 +305,7 @@ def test_sample_writes_pictures_and_arrays(moons, tmp_path, capsys):
 
 
 def test_sample_with_statistics_that_are_kept(moons, tmp_path, capsys):
+    moons = shutil.copytree(moons, tmp_path / "run")
     words = ["sample", str(moons), "--solver", "dpmv3", "--steps", "4", "--n", "3", "--out"]
     assert main([*words, str(tmp_path / "a.npz")]) == 0
     assert "dpmv3 on the log_snr grid, 4 steps, 4 evaluations" in capsys.readouterr().out
