@@ -1,0 +1,160 @@
+"""Cumulative weights in exact fixed point, so that resampling is right at a million particles.
+
+A float32 running sum of n weights that ends at 1 has steps of 6e-8: at n = 1e6 a weight of one
+slot is off by up to 6 %, and a zero weight at the end can come out positive. Here every particle's
+expected number of slots, ``n w_i / sum w``, is rounded once to a whole number and a fraction of
+2^-32, and all sums after that are integers: exact in any order, so the same bits on any number of
+devices. A fraction's running sum wraps, and ``sum < last term`` says that it did.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+__all__ = [
+    "MAX_PARTICLES",
+    "Fixed",
+    "cumulative",
+    "differences",
+    "multiply",
+    "prefix_sum",
+    "running",
+]
+
+MAX_PARTICLES = 2**24
+_BLOCK = 32
+_ONE = 2.0**32
+
+
+class Fixed(NamedTuple):
+    """The number ``whole + part / 2^32``, elementwise.
+
+    Attributes:
+      whole: int32.
+      part: uint32.
+    """
+
+    whole: jax.Array
+    part: jax.Array
+
+
+def prefix_sum(x: jax.Array) -> jax.Array:
+    """Inclusive running sum of integers ``(n,)``, wrapping in their dtype.
+
+    Blocks of 32 by doubling strides, then the blocks' totals in the same way: on a CPU a third of
+    the time of XLA's own cumulative sum at a million.
+    """
+    n = x.shape[0]
+    if n <= 1:
+        return x
+    width = min(_BLOCK, 1 << (n - 1).bit_length())
+    rows = -(-n // width)
+    block = jnp.pad(x, (0, rows * width - n)).reshape(rows, width)
+    stride = 1
+    while stride < width:
+        block = block + jnp.pad(block, ((0, 0), (stride, 0)))[:, :width]
+        stride *= 2
+    if rows > 1:
+        totals = prefix_sum(block[:, -1])
+        block = block + jnp.pad(totals[:-1], (1, 0))[:, None]
+    return block.reshape(-1)[:n]
+
+
+def multiply(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """High and low halves of the 64-bit product of two uint32."""
+    a_low, a_high = a & 0xFFFF, a >> 16
+    b_low, b_high = b & 0xFFFF, b >> 16
+    low, cross = a_low * b_low, a_high * b_low
+    # Three terms below 2^16, 2^32 - 2^17 + 1 and 2^16: no overflow.
+    middle = (low >> 16) + (cross & 0xFFFF) + a_low * b_high
+    return a_high * b_high + (cross >> 16) + (middle >> 16), a * b
+
+
+def _add(a: Fixed, b: Fixed) -> Fixed:
+    part = a.part + b.part
+    return Fixed(a.whole + b.whole + (part < b.part), part)
+
+
+def _subtract(a: Fixed, b: Fixed) -> Fixed:
+    return Fixed(a.whole - b.whole - (a.part < b.part), a.part - b.part)
+
+
+def running(x: Fixed, axis_name: str | None = None) -> tuple[Fixed, Fixed, Fixed]:
+    """Inclusive running sums of ``x`` ``(n,)``, the sum before the first, and the last.
+
+    With ``axis_name``, inside ``shard_map`` or ``pmap``, sums run over all devices in order; two
+    numbers a device are exchanged.
+    """
+    part = prefix_sum(x.part)
+    sums = Fixed(prefix_sum(x.whole + (part < x.part)), part)
+    total = Fixed(sums.whole[-1], sums.part[-1])
+    start = Fixed(jnp.zeros_like(total.whole), jnp.zeros_like(total.part))
+    if axis_name is None:
+        return sums, start, total
+    ends, _, over_all = running(Fixed(*(jax.lax.all_gather(v, axis_name) for v in total)))
+    here = jax.lax.axis_index(axis_name)
+    start = _subtract(Fixed(ends.whole[here], ends.part[here]), total)
+    return _add(sums, Fixed(*(jnp.broadcast_to(v, part.shape) for v in start))), start, over_all
+
+
+def _sum_of_weights(weights: jax.Array, axis_name: str | None) -> jax.Array:
+    # Byte by byte in uint32, which up to 2^24 terms is exact: the same on any number of devices.
+    scaled = jnp.round(weights * 2.0**31).astype(jnp.uint32)
+    total = jnp.zeros((), weights.dtype)
+    for shift in (24, 16, 8, 0):
+        byte = jnp.sum((scaled >> shift) & 0xFF, dtype=jnp.uint32)
+        if axis_name is not None:
+            byte = jax.lax.psum(byte, axis_name)
+        total = total + byte.astype(weights.dtype) * 2.0 ** (shift - 31)
+    return total
+
+
+def _rescale(x: Fixed, total: Fixed, target: int) -> Fixed:
+    """``x * target / total`` for a ratio next to one: linear and rounded one way, so monotone."""
+    gap = _subtract(Fixed(jnp.int32(target), jnp.uint32(0)), total)
+    # In units of 2^-32: at most a few thousand, unless the weights span more than float32 does.
+    gap_float = gap.whole.astype(jnp.float32) * _ONE + gap.part.astype(jnp.float32)
+    per_slot = jnp.round(gap_float / target)
+    grow = per_slot >= 0
+    step = jnp.minimum(jnp.abs(per_slot), 2.0**31).astype(jnp.uint32)
+    high, low = multiply(x.whole.astype(jnp.uint32), step)
+    of_part, _ = multiply(x.part, step)
+    change = _add(Fixed(high.astype(jnp.int32), low), Fixed(jnp.zeros_like(x.whole), of_part))
+    bigger, smaller = _add(x, change), _subtract(x, change)
+    return Fixed(
+        jnp.where(grow, bigger.whole, smaller.whole), jnp.where(grow, bigger.part, smaller.part)
+    )
+
+
+def _finish(x: Fixed, total: Fixed, n: int) -> Fixed:
+    scaled = _rescale(x, total, n)
+    ended = ((x.whole == total.whole) & (x.part == total.part)) | (scaled.whole >= n)
+    return Fixed(jnp.where(ended, n, scaled.whole), jnp.where(ended, 0, scaled.part))
+
+
+def cumulative(weights: jax.Array, n: int, axis_name: str | None = None) -> tuple[Fixed, Fixed]:
+    """Where each particle's share of ``n`` slots ends, from weights whose largest is 1.
+
+    It never falls, ends at exactly ``n``, and rises nowhere at a weight of zero. A weight below
+    2^-33 of a slot counts as zero.
+
+    Args:
+      weights: ``(N,)`` in [0, 1], float32 or wider.
+      n: slots.
+      axis_name: the mapped axis over which the particles are split; then of the local share.
+
+    Returns:
+      ``(N,)`` running sums, and the ``()`` sum before the first of them.
+    """
+    expected = weights * (n / _sum_of_weights(weights, axis_name))
+    whole = jnp.floor(expected)
+    part = ((expected - whole) * _ONE).astype(jnp.uint32)
+    sums, start, total = running(Fixed(whole.astype(jnp.int32), part), axis_name)
+    return _finish(sums, total, n), _finish(start, total, n)
+
+
+def differences(sums: Fixed, start: Fixed) -> Fixed:
+    """Each particle's own share, ``(N,)``: running sums less the ones before them."""
+    before = Fixed(*(jnp.concatenate([s[None], v[:-1]]) for v, s in zip(sums, start, strict=True)))
+    return _subtract(sums, before)
