@@ -67,7 +67,7 @@ def resample(
     split = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     total = log_weights.shape[0] * split
     n = total if n is None else positive_int("n", n)
-    _check_sizes(total, n, split, method)
+    check_sizes(total, n, split, method)
     if axis_name is None:
         mapped = sharded.explicit_axis(log_weights)
         if mapped is not None and n % mapped[1] == 0:
@@ -78,7 +78,7 @@ def resample(
                 mesh=jax.typeof(log_weights).sharding.mesh,
             )(key, log_weights)
         log_weights = unsharded(log_weights)
-    weights, usable = _relative(log_weights, axis_name)
+    weights, usable = relative_weights(log_weights, axis_name)
     debug_check(usable, "log_weights: all are -inf, or one is NaN or +inf")
     ends, start = fixed_point.cumulative(weights, n, axis_name)
     if method == "killing":
@@ -89,7 +89,7 @@ def resample(
     return jnp.where(usable, ancestors, total)
 
 
-def _check_sizes(total: int, n: int, split: int, method: str) -> None:
+def check_sizes(total: int, n: int, split: int, method: str) -> None:
     for name, size in (("log_weights has", total), ("n asks for", n)):
         if size > fixed_point.MAX_PARTICLES:
             raise ValueError(f"{name} {size} particles; expected at most 2^24")
@@ -99,7 +99,7 @@ def _check_sizes(total: int, n: int, split: int, method: str) -> None:
         raise ValueError(f"n is {n}; expected a multiple of the {split} devices")
 
 
-def _relative(log_weights: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
+def relative_weights(log_weights: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array]:
     """Weights whose largest is 1, and whether they can be resampled; if not, equal weights."""
     top = jnp.max(log_weights)
     wrong = jnp.any(jnp.isnan(log_weights))
@@ -234,7 +234,8 @@ def maybe_resample(
         return moved, jnp.zeros_like(log_weights), ancestors, gain
 
     def no(_: None) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-        stay = jnp.arange(n, dtype=jnp.int32) + first
+        # Plus zeros of the weights' own sharding.
+        stay = jnp.arange(n, dtype=jnp.int32) + first + jnp.zeros_like(log_weights, jnp.int32)
         return x, log_weights, stay, jnp.zeros_like(size)
 
     if threshold == 1 and when is None:
