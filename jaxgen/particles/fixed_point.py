@@ -40,21 +40,31 @@ class Fixed(NamedTuple):
 
 
 def prefix_sum(x: jax.Array) -> jax.Array:
-    """Inclusive running sum of integers ``(n,)``, wrapping in their dtype.
+    """Inclusive running sum of integers ``(n,)``, exact.
 
-    Blocks of 32 by doubling strides, then the blocks' totals in the same way: on a CPU a third of
-    the time of XLA's own cumulative sum at a million.
+    Products with a triangle of ones over blocks of 32, then the blocks' totals in the same way: on
+    a CPU several times as fast as XLA's own cumulative sum, and at home on a matrix unit.
+
+    Args:
+      x: int32 with no partial sum above 2^24 in size; or any uint32, whose sums wrap.
     """
     n = x.shape[0]
     if n <= 1:
         return x
-    width = min(_BLOCK, 1 << (n - 1).bit_length())
+    width = min(_BLOCK, n)
     rows = -(-n // width)
     block = jnp.pad(x, (0, rows * width - n)).reshape(rows, width)
-    stride = 1
-    while stride < width:
-        block = block + jnp.pad(block, ((0, 0), (stride, 0)))[:, :width]
-        stride *= 2
+    triangle = jnp.triu(jnp.ones((width, width), jnp.float32))
+
+    def sums(v: jax.Array) -> jax.Array:
+        # Whole numbers below 2^24 are exact in float32, if it is float32.
+        exact = jax.lax.Precision.HIGHEST
+        return jnp.matmul(v.astype(jnp.float32), triangle, precision=exact).astype(x.dtype)
+
+    if x.dtype == jnp.uint32:
+        block = sums(block & 0xFFFF) + (sums(block >> 16) << 16)
+    else:
+        block = sums(block)
     if rows > 1:
         totals = prefix_sum(block[:, -1])
         block = block + jnp.pad(totals[:-1], (1, 0))[:, None]

@@ -25,8 +25,8 @@ __all__ = ["BACKWARD", "backward_indices"]
 
 BACKWARD = ("exact", "rejection")
 
-# Pairs whose densities are held at once. On a CPU a block that stays in its cache takes a quarter of
-# the time of one that does not; elsewhere 2^24 float32, 64 MiB, keep the chip busy.
+# Pairs whose densities are held at once. On a CPU a block that stays in its cache takes a quarter
+# of the time of one that does not; elsewhere 2^24 float32, 64 MiB, keep the chip busy.
 _PAIRS_CPU, _PAIRS = 2**20, 2**24
 # Rejection goes on with a buffer this many times smaller once the rest fits.
 _SHRINK = 8
@@ -234,7 +234,7 @@ def _finish(
     index: jax.Array,
     draws: int,
 ) -> jax.Array:
-    """Exact draws for those at ``n``, a block at a time, so that the cost is that of what is left."""
+    """Exact draws for those at ``n``, in blocks, so that what is done already costs nothing."""
     n, total = log_weights.shape[0], index.shape[0]
     block = min(total, 256, max(1, _PAIRS_CPU // n))
 

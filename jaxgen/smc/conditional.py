@@ -4,7 +4,7 @@ A conditional sweep (Andrieu, Doucet and Holenstein, JRSS B 2010) is a particle 
 follows a given path, the reference. The new path, drawn backwards (Whiteley's discussion of that
 paper; Lindsten and Schon 2012),
 
-    k_{T-1} ~ W_{T-1},    k_{t-1} = l with probability proportional to w_{t-1}^l m_t(x^l, x_t^{k_t}),
+    P(k_{T-1} = l) ~ w_{T-1}^l,    P(k_{t-1} = l) ~ w_{t-1}^l m_t(x_{t-1}^l, x_t^{k_t}),
 
 leaves the smoothing law invariant for any number of particles from 2 on and for any resampling
 scheme whose conditional version gives each slot its own marginal: the draw at ``t`` has integrated
@@ -37,6 +37,9 @@ from jaxgen.smc.state_space import StateSpaceModel
 __all__ = ["ConditionalSMC", "backward_sample", "conditional_smc", "ffbs"]
 
 PATHS = ("backward", "ancestors")
+
+# Up to here n draws of about sqrt(n) work each are cheaper than one pass of many steps.
+_FEW = 2048
 
 
 class ConditionalSMC(NamedTuple):
@@ -102,7 +105,7 @@ def advance(
     observed: Any,
     reference: Any = None,
 ) -> tuple[Any, jax.Array]:
-    """Children of ``parents``, slot by slot, and their log-weights; slot 0 becomes ``reference``."""
+    """Children of ``parents``, slot by slot, with log-weights; slot 0 becomes ``reference``."""
 
     def move(key: jax.Array, x: Any, model: StateSpaceModel) -> tuple[Any, jax.Array]:
         return _filter._next(key, x, model, y, t, observed)
@@ -122,14 +125,18 @@ def ancestors_of(
 ) -> jax.Array:
     """Ancestors ``(n,)``; in a conditional sweep slot 0 keeps its own."""
     n = log_weights.shape[0]
-    if not is_conditional:
-        return resample_(key, log_weights, method=method)
-    if method != "multinomial":
+    free = n - 1 if is_conditional else n
+    if method == "multinomial" and n <= _FEW:
+        # All independent: one short pass, and no order that anything depends on.
+        uniforms = jax.random.uniform(key, (free, 2), log_weights.dtype)
+        ancestors = draw_index(uniforms, log_weights)
+    elif method == "multinomial" or not is_conditional:
+        ancestors = resample_(key, log_weights, method=method, n=free)
+    else:
         return conditional_resample(key, log_weights, method=method)
-    # The free slots are independent, and their order means nothing to a sweep.
-    free = resample_(key, log_weights, method=method, n=n - 1)
-    head = jnp.where(free[:1] < n, 0, n)
-    return jnp.concatenate([head, free])
+    if not is_conditional:
+        return ancestors
+    return jnp.concatenate([jnp.where(ancestors[:1] < n, 0, n), ancestors])
 
 
 def settle(log_weights: jax.Array, log_z: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -187,7 +194,7 @@ def split_steps(*trees: Any) -> tuple[Any, Any]:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function(*arrays, options=...)`` compiled once for each ``options``, if it can be hashed."""
+    """``function(*arrays, options=...)`` compiled once for each hashable ``options``."""
     jitted = jax.jit(function, static_argnames="options")
 
     @functools.wraps(function)
@@ -333,8 +340,11 @@ def ffbs(
       observations: ``(steps, ...)``, any pytree with that leading axis.
       n: number of particles.
       paths: number of paths.
-      resample, ess_threshold, observed: as in ``particle_filter``.
-      backward, max_trials: as in ``backward_indices``.
+      resample: as in ``particle_filter``.
+      ess_threshold: as in ``particle_filter``.
+      observed: as in ``particle_filter``.
+      backward: as in ``backward_indices``.
+      max_trials: as in ``backward_indices``.
 
     Returns:
       Leaves ``(steps, paths, *event)``.

@@ -242,13 +242,16 @@ def mixture_log_prob(mixture: Mixture, x: ArrayLike) -> jax.Array:
 def mixture_sample(key: jax.Array, mixture: Mixture, n: int) -> jax.Array:
     """``n`` draws of the mixture, ``(n, d)``; draw ``i`` uses ``fold_in(key, i)``."""
     j, k, d = mixture.means.shape
-    log_weights = (jnp.log(mixture.alpha)[:, None] + mixture.log_inner).reshape(-1)
     means, scales = mixture.means.reshape(j * k, d), mixture.scale_tril.reshape(j * k, d, d)
+    edges = jnp.cumsum((mixture.alpha[:, None] * jnp.exp(mixture.log_inner)).reshape(-1))
+    # Open at both ends, so that no normal is infinite and no component of share 0 is drawn.
+    least = jnp.nextafter(jnp.asarray(-1, means.dtype), jnp.asarray(0, means.dtype))
 
     def draw(key: jax.Array) -> jax.Array:
-        key_component, key_normal = jax.random.split(key)
-        at = jax.random.categorical(key_component, log_weights)
-        z = jax.random.normal(key_normal, (d,), means.dtype)
+        u = jax.random.uniform(key, (d + 1,), means.dtype, least, 1.0)
+        level = edges[-1] * (1 - u[0]) / 2
+        at = jnp.minimum(jnp.sum(edges < level), j * k - 1)
+        z = math.sqrt(2) * jax.lax.erf_inv(u[1:])
         return means.at[at].get(mode="clip") + scales.at[at].get(mode="clip") @ z
 
     return keys.map_batch(draw, key, (n,))

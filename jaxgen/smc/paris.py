@@ -1,9 +1,9 @@
 """PaRIS: smoothed additive functionals with a few backward draws, at a memory constant in time.
 
-Olsson and Westerborn, Bernoulli 2017; the conditional sweep is Cardoso, Janati El Idrissi, Le Corff,
-Moulines and Olsson, ICML 2023 (arXiv 2301.00900). Wanted is the mean, given all observations, of
-h = h_0(x_0) + sum_t h_t(x_{t-1}, x_t). Each particle carries a statistic b^i, first h_0(x^i); for
-the particles x'^i of the next step, ``draws`` parents J are drawn backwards, independently of the
+Olsson and Westerborn, Bernoulli 2017; the conditional sweep is Cardoso, Janati El Idrissi, Le
+Corff, Moulines and Olsson, ICML 2023 (arXiv 2301.00900). Wanted is the mean, given all
+observations, of h = h_0(x_0) + sum_t h_t(x_{t-1}, x_t). Each particle carries a statistic b^i,
+first h_0(x^i); for the particles x'^i of the next step, ``draws`` parents J are drawn backwards, independently of the
 ancestors that made x'^i, and
 
     (1)  b'^i = mean over the J^{i,j} of  b^{J^{i,j}} + h_t(x^{J^{i,j}}, x'^i);
@@ -287,8 +287,9 @@ def paris(
       path: keep the particles, ``steps x n``, and draw a path.
 
     Returns:
-      ``Paris``. NaN where every weight is zero at a step or one is NaN, where a particle of positive
-      weight has no parent, and where a density exceeds its bound; ``checkify`` tells which.
+      ``Paris``. NaN where every weight is zero at a step or one is NaN, where a particle of
+      positive weight has no parent, and where a density exceeds its bound; ``checkify`` tells
+      which.
 
     Raises:
       TypeError: something else than a ``StateSpaceModel``, a functional of integer dtype.
@@ -334,16 +335,22 @@ def conditional_paris(
 ) -> Paris:
     """One sweep of the PaRIS Gibbs sampler: an estimate, and the next reference as ``path``.
 
-    Where the reference is a draw from the smoothing law so is the path, and the estimate is unbiased
-    for every ``n >= 2`` and ``draws >= 1``.
+    Where the reference is a draw from the smoothing law so is the path, and the estimate is
+    unbiased for every ``n >= 2`` and ``draws >= 1``.
 
     Args:
       key: a typed key.
-      model, observations: as in ``paris``.
+      model: as in ``paris``.
+      observations: as in ``paris``.
       reference: the last path, leaves ``(steps, *event)``.
       n: number of particles with the reference, at least 2.
-      functional, initial_functional, draws, backward, max_trials, observed: as in ``paris``.
+      functional: as in ``paris``.
+      initial_functional: as in ``paris``.
+      draws: as in ``paris``.
+      backward: as in ``paris``.
+      max_trials: as in ``paris``.
       resample: scheme of the free slots, in its conditional version.
+      observed: as in ``paris``.
 
     Returns:
       ``Paris``. A reference of density zero gets weight zero: the sweep stays valid, with a
@@ -428,7 +435,10 @@ def paris_step(
       state: where the smoother stands.
       y: the next observation, any pytree.
       functional: as in ``paris``; it may close over ``y``.
-      draws, backward, max_trials, resample: as in ``paris``.
+      draws: as in ``paris``.
+      backward: as in ``paris``.
+      max_trials: as in ``paris``.
+      resample: as in ``paris``.
       observed: bool ``()``, false where ``y`` is missing.
 
     Raises:

@@ -1,9 +1,9 @@
 """PaRIS particle Gibbs (PPG): the smoother inside conditional SMC, sweep after sweep.
 
-Cardoso, Janati El Idrissi, Le Corff, Moulines and Olsson, ICML 2023 (arXiv 2301.00900). Each sweep
-is a conditional PaRIS run (``paris``): an estimate over all its particles, and a path that is the
-next sweep's reference. Given a reference from the smoothing law an estimate is unbiased, so that all
-bias is in the start and dies as the chain forgets it, at least geometrically. The roll-out
+Cardoso, Janati El Idrissi, Le Corff, Moulines and Olsson, ICML 2023 (arXiv 2301.00900). Each
+sweep is a conditional PaRIS run (``paris``): an estimate over all its particles, and a path that is
+the next sweep's reference. Given a reference from the smoothing law an estimate is unbiased, so
+that all bias is in the start and dies as the chain forgets it, at least geometrically. The roll-out
 estimator is the mean of the sweeps' estimates after the burn-in.
 """
 
@@ -124,20 +124,25 @@ def particle_gibbs(
     """The smoothed mean of an additive functional, its bias falling geometrically in the burn-in.
 
     The variance is about that of ``paris`` with ``n (sweeps - burn_in)`` particles. At the same
-    total work the two tie for the first sweeps; the gap opens with the budget, as PaRIS's bias falls
-    as 1 / n only. Several chains: ``vmap`` over keys.
+    total work the two tie for the first sweeps; the gap opens with the budget, as PaRIS's bias
+    falls as 1 / n only. Several chains: ``vmap`` over keys.
 
     Args:
       key: a typed key.
-      model, observations: as in ``paris``.
+      model: as in ``paris``.
+      observations: as in ``paris``.
       n: number of particles with the reference, at least 2.
-      functional, initial_functional: as in ``paris``.
+      functional: as in ``paris``.
       sweeps: how many.
       burn_in: sweeps that the estimate leaves out, fewer than ``sweeps``.
       reference: where to start, leaves ``(steps, *event)``; by default a path of one ``paris`` run,
         the work of one sweep more.
-      draws, backward, max_trials, observed: as in ``paris``.
+      initial_functional: as in ``paris``.
+      draws: as in ``paris``.
+      backward: as in ``paris``.
+      max_trials: as in ``paris``.
       resample: scheme of the free slots, in its conditional version.
+      observed: as in ``paris``.
 
     Returns:
       ``ParticleGibbs``.
