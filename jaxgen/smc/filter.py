@@ -472,8 +472,8 @@ def filter_step(
       ... )
       >>> state, _ = filter_init(jax.random.key(0), model, 0.3, 100)
       >>> state, info = filter_step(jax.random.key(1), model, state, 0.1)
-      >>> state.log_weights.shape, int(state.t), 1 < info.ess <= 100
-      ((100,), 1, Array(True, dtype=bool))
+      >>> state.log_weights.shape, int(state.t), 1 < float(info.ess) <= 100
+      ((100,), 1, True)
     """
     x, log_weights, log_z, t = state
     log_weights = checks.floating("state.log_weights", log_weights)
