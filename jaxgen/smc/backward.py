@@ -8,6 +8,7 @@ its cost does not grow with the number of particles; what a bounded number of tr
 drawn exactly, which leaves the law as it is, since a refused trial says nothing about the next.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -209,7 +210,7 @@ def _rejection(
             left = jnp.sum(state[0] == n)
             return (left > smaller) & (state[2] < max_trials) & ~state[1]
 
-        state = jax.lax.while_loop(going, lambda s, todo=todo: trial(s, todo), state)
+        state = jax.lax.while_loop(going, functools.partial(trial, todo=todo), state)
         if smaller == 0:
             break
         size = smaller

@@ -188,7 +188,7 @@ def report_reference(is_dead: jax.Array) -> None:
 
 def split_steps(*trees: Any) -> tuple[Any, Any]:
     """What belongs to step 0, and what to the others."""
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         jax.tree.map(lambda leaf, part=part: leaf[part], trees) for part in (0, slice(1, None))
     )
 

@@ -3,8 +3,8 @@
 Olsson and Westerborn, Bernoulli 2017; the conditional sweep is Cardoso, Janati El Idrissi, Le
 Corff, Moulines and Olsson, ICML 2023 (arXiv 2301.00900). Wanted is the mean, given all
 observations, of h = h_0(x_0) + sum_t h_t(x_{t-1}, x_t). Each particle carries a statistic b^i,
-first h_0(x^i); for the particles x'^i of the next step, ``draws`` parents J are drawn backwards, independently of the
-ancestors that made x'^i, and
+first h_0(x^i); for the particles x'^i of the next step, ``draws`` parents J are drawn backwards,
+independently of the ancestors that made x'^i, and
 
     (1)  b'^i = mean over the J^{i,j} of  b^{J^{i,j}} + h_t(x^{J^{i,j}}, x'^i);
     (2)  estimate = sum_i W^i b^i.
