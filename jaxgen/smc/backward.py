@@ -32,6 +32,8 @@ _PAIRS_CPU, _PAIRS = 2**20, 2**24
 # Rejection goes on with a buffer this many times smaller once the rest fits.
 _SHRINK = 8
 _SMALLEST = 512
+# Up to so many particles one level serves.
+_SHORT = 32
 
 
 def check_backward(
@@ -92,7 +94,7 @@ def backward_indices(
         return _rejection(
             (exact_key, trial_key), model, x, log_weights, x_next, t, (m, draws), max_trials
         )
-    uniforms = jax.random.uniform(exact_key, (m, draws, 2), log_weights.dtype)
+    uniforms = uniforms_for(exact_key, (m, draws), log_weights)
 
     def in_blocks(pairs: int) -> Callable[[Any, jax.Array], jax.Array]:
         block = max(1, pairs // log_weights.shape[0])
@@ -120,6 +122,12 @@ def logits_of(
     return log_weights + jax.vmap(log_density)(x).astype(log_weights.dtype)
 
 
+def uniforms_for(key: jax.Array, shape: tuple[int, ...], logits: jax.Array) -> jax.Array:
+    """What ``draw_index`` needs for draws of ``shape``: one or two uniforms for each."""
+    levels = 1 if logits.shape[-1] <= _SHORT else 2
+    return jax.random.uniform(key, (*shape, levels), logits.dtype)
+
+
 def draw_index(uniforms: jax.Array, logits: jax.Array) -> jax.Array:
     """Draws from the law proportional to ``exp(logits)``.
 
@@ -127,7 +135,7 @@ def draw_index(uniforms: jax.Array, logits: jax.Array) -> jax.Array:
     cumulative sum over all ``n``, and keeps float32 sums short.
 
     Args:
-      uniforms: ``(draws, 2)``, on [0, 1).
+      uniforms: ``(draws, levels)``, of ``uniforms_for``.
       logits: ``(n,)``.
 
     Returns:
@@ -136,20 +144,17 @@ def draw_index(uniforms: jax.Array, logits: jax.Array) -> jax.Array:
     n = logits.shape[0]
     top = jax.lax.stop_gradient(jnp.max(logits))
     weights = jnp.exp(logits - jnp.where(jnp.isfinite(top), top, 0))
-    side = n if n <= 32 else math.isqrt(n - 1) + 1
-    rows = -(-n // side)
-    blocks = jnp.pad(weights, (0, rows * side - n)).reshape(rows, side)
-    row = _invert(uniforms[:, 0], jnp.sum(blocks, axis=1)) if rows > 1 else 0
-    column = jax.vmap(_invert)(
-        uniforms[:, 1:], blocks.at[row].get(mode="clip") if rows > 1 else _repeat(blocks, uniforms)
-    )[:, 0]
-    index = jnp.minimum(row * side + column, n).astype(jnp.int32)
+    if uniforms.shape[1] == 1:
+        index = _invert(uniforms[:, 0], weights)
+    else:
+        side = math.isqrt(n - 1) + 1
+        rows = -(-n // side)
+        blocks = jnp.pad(weights, (0, rows * side - n)).reshape(rows, side)
+        row = _invert(uniforms[:, 0], jnp.sum(blocks, axis=1))
+        column = jax.vmap(_invert)(uniforms[:, 1:], blocks.at[row].get(mode="clip"))[:, 0]
+        index = row * side + column
     index = jnp.where(jnp.isneginf(top), n, index)
     return jnp.where(jnp.isnan(top) | jnp.isposinf(top), n + 1, index)
-
-
-def _repeat(blocks: jax.Array, uniforms: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(blocks, (uniforms.shape[0], blocks.shape[1]))
 
 
 def _invert(uniforms: jax.Array, weights: jax.Array) -> jax.Array:
@@ -242,9 +247,7 @@ def _finish(
     def body(state: tuple) -> tuple:
         index, left, done = state
         todo = _unfinished(left, block)
-        uniforms = jax.random.uniform(
-            jax.random.fold_in(key, done), (block, 1, 2), log_weights.dtype
-        )
+        uniforms = uniforms_for(jax.random.fold_in(key, done), (block, 1), log_weights)
         drawn = jax.vmap(
             lambda after, u: draw_index(u, logits_of(model, x, log_weights, after, t))[0]
         )(take(x_next, jnp.minimum(todo, total - 1) // draws), uniforms)

@@ -30,7 +30,13 @@ from jaxgen.particles.resample import METHODS, take
 from jaxgen.particles.resample import resample as resample_
 from jaxgen.particles.weights import check_log_weights, ess, log_mean_exp
 from jaxgen.smc import filter as _filter
-from jaxgen.smc.backward import backward_indices, check_backward, draw_index, logits_of
+from jaxgen.smc.backward import (
+    backward_indices,
+    check_backward,
+    draw_index,
+    logits_of,
+    uniforms_for,
+)
 from jaxgen.smc.genealogy import trace
 from jaxgen.smc.state_space import StateSpaceModel
 
@@ -128,8 +134,7 @@ def ancestors_of(
     free = n - 1 if is_conditional else n
     if method == "multinomial" and n <= _FEW:
         # All independent: one short pass, and no order that anything depends on.
-        uniforms = jax.random.uniform(key, (free, 2), log_weights.dtype)
-        ancestors = draw_index(uniforms, log_weights)
+        ancestors = draw_index(uniforms_for(key, (free,), log_weights), log_weights)
     elif method == "multinomial" or not is_conditional:
         ancestors = resample_(key, log_weights, method=method, n=free)
     else:
@@ -253,7 +258,7 @@ def backward_sample(
             )
     key_last, *keys = jax.random.split(keys_.check(key), steps)
     last = check_log_weights(log_weights[-1])
-    index = draw_index(jax.random.uniform(key_last, (paths, 2), last.dtype), last)
+    index = draw_index(uniforms_for(key_last, (paths,), last), last)
     end = take(jax.tree.map(lambda leaf: leaf[-1], x), index)
 
     def back(state: Any, inputs: Any) -> tuple[Any, Any]:
@@ -436,7 +441,7 @@ def follow(key: jax.Array, x: Any, parents: jax.Array, log_weights: jax.Array) -
     Returns:
       Leaves ``(steps, *event)``.
     """
-    last = draw_index(jax.random.uniform(key, (1, 2), log_weights.dtype), log_weights)
+    last = draw_index(uniforms_for(key, (1,), log_weights), log_weights)
     path = jax.vmap(take)(x, trace(parents, last))
     return jax.tree.map(lambda leaf: leaf[:, 0], path)
 
