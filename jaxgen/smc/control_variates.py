@@ -78,9 +78,13 @@ def weighted_values(log_f: jax.Array, log_q: jax.Array, phi: jax.Array) -> jax.A
 
 
 def _summands(
-    log_g: ArrayLike, alpha: ArrayLike, log_f: ArrayLike, phi: ArrayLike
+    log_g: ArrayLike,
+    alpha: ArrayLike,
+    log_f: ArrayLike,
+    phi: ArrayLike,
+    log_q: ArrayLike | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """``f_j phi_j / g_alpha`` and ``g_j / g_alpha``, each ``(n, J)``."""
+    """``f_j phi_j / q`` and ``g_j / q``, each ``(n, J)``; q is g_alpha unless given."""
     log_g, alpha = floating("log_g", log_g), floating("alpha", alpha)
     if log_g.ndim != 2 or alpha.shape != log_g.shape[1:]:
         raise ValueError(
@@ -88,13 +92,22 @@ def _summands(
         )
     n, j = log_g.shape
     log_f, phi = _columns("log_f", log_f, n, j), _columns("phi", phi, n, j)
-    log_q = logsumexp(log_g + jnp.log(alpha)[None], axis=1)
+    if log_q is None:
+        log_q = logsumexp(log_g + jnp.log(alpha)[None], axis=1)
+    log_q = floating("log_q", log_q)
+    if log_q.shape != (n,):
+        raise ValueError(f"log_q has shape {log_q.shape}; expected ({n},)")
     values = jnp.broadcast_to(weighted_values(log_f, log_q, phi), (n, j))
     return values, jnp.exp(log_g - log_q[:, None])
 
 
 def control_coefficients(
-    log_g: ArrayLike, alpha: ArrayLike, log_f: ArrayLike, phi: ArrayLike
+    log_g: ArrayLike,
+    alpha: ArrayLike,
+    log_f: ArrayLike,
+    phi: ArrayLike,
+    *,
+    log_q: ArrayLike | None = None,
 ) -> jax.Array:
     """The coefficients ``beta`` ``(J,)`` of least variance, from points of ``g_alpha``.
 
@@ -106,12 +119,13 @@ def control_coefficients(
       alpha: their shares, ``(J,)``.
       log_f: log-densities of the laws, ``(n, 1)`` or ``(n, J)``.
       phi: values, ``(n, 1)`` or ``(n, J)``.
+      log_q: the points' own log-density ``(n,)``, if not that of ``g_alpha``.
 
     Raises:
       TypeError: an integer dtype.
       ValueError: shapes that do not fit.
     """
-    values, control = _summands(log_g, alpha, log_f, phi)
+    values, control = _summands(log_g, alpha, log_f, phi, log_q)
     centred = control - jnp.mean(control, axis=0, keepdims=True)
     var = jnp.mean(centred**2, axis=0)
     is_constant = var < _CONSTANT
@@ -127,6 +141,7 @@ def iscv_estimate(
     phi: ArrayLike,
     beta: ArrayLike,
     *,
+    log_q: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> Estimate:
     """Estimates (1) with standard errors, from points of ``g_alpha``.
@@ -140,6 +155,7 @@ def iscv_estimate(
         whatever ``phi`` is there.
       phi: values, ``(n, 1)`` or ``(n, J)``.
       beta: coefficients, ``(J,)``; zeros for plain importance sampling.
+      log_q: the points' own log-density ``(n,)``, if not that of ``g_alpha``.
       where: boolean ``(n,)``, the points to use; all if ``None``.
 
     Returns:
@@ -166,7 +182,7 @@ def iscv_estimate(
         )
     # Masked here too, so that a gradient meets no overflow at a point left out.
     log_f = jnp.where(used.reshape(-1, *(1,) * (log_f.ndim - 1)), log_f, -jnp.inf)
-    values, control = _summands(log_g, alpha, log_f, phi)
+    values, control = _summands(log_g, alpha, log_f, phi, log_q)
     if beta.shape != control.shape[1:]:
         raise ValueError(f"beta has shape {beta.shape}; expected ({control.shape[1]},)")
     n = jnp.sum(used).astype(control.dtype)
@@ -227,7 +243,8 @@ def optimal_mixture_weights(
             "not fit; expected (J,), (n, J), (n, J) and (n,)"
         )
     shift = jnp.max(log_g, axis=1)
-    g = jnp.exp(log_g - shift[:, None])
+    # Points along the last axis: the products below are five times as fast on a CPU.
+    g = jnp.exp(log_g.T - shift[None])
     log_c = jnp.log(jnp.sum(r, axis=1)) - log_h - shift
     top = jnp.max(log_c)
     c = jnp.exp(log_c - jnp.where(top == -jnp.inf, 0.0, top))
@@ -235,8 +252,8 @@ def optimal_mixture_weights(
     least = jnp.finfo(alpha.dtype).eps ** 2
 
     def step(_: int, alpha: jax.Array) -> jax.Array:
-        q = g @ alpha
-        slope = (c / q / q) @ g
+        q = alpha @ g
+        slope = g @ (c / q / q)
         new = alpha * jnp.sqrt(slope)
         total = jnp.sum(new)
         new = jnp.where(total == 0, alpha, new / jnp.where(total == 0, 1.0, total))

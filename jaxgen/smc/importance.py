@@ -15,13 +15,15 @@ criterion (2) of ``control_variates``). A budget of N evaluations is spent in ba
     6. all that is left of the budget from the newest g_alpha: a fresh sample, hence no bias
 
 Source: Demange-Chryst, Bachoc and Morio, "Efficient estimation of multiple expectations with the
-same sample by adaptive importance sampling and control variates", arXiv 2212.00568. Differences:
-step 1 takes |phi_j|, right for a phi of either sign, where the authors take phi_j; step 2 runs the
+same sample by adaptive importance sampling and control variates", arXiv 2212.00568; ``defensive``
+after Owen and Zhou, "Safe and effective importance sampling", JASA 2000. Differences: step 1 takes
+|phi_j|, right for a phi of either sign, where the authors take phi_j; step 2 runs the
 multiplicative rule, where they call SLSQP; ``jitter`` is in units of the law's own variances.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -105,7 +107,7 @@ class Expectations(NamedTuple):
       mean: estimates, unbiased, ``(J,)``.
       std_err: their standard errors, ``(J,)``.
       beta: coefficients of the control variates, ``(J,)``.
-      proposal: the ``Mixture`` of the final sample.
+      proposal: the ``Mixture`` of the final sample (of its part not drawn from the law itself).
       log_weights: log f/g_alpha (of the equal mixture of the laws, if several), ``(N,)``; ``-inf``
         for points of the adaptation.
       x: all points in the order of their drawing, ``(N, d)``.
@@ -167,6 +169,7 @@ class _Plan:
     diagonal: bool
     jitter: float
     simplex: str
+    defensive: float
 
     @property
     def pieces(self) -> list[int]:
@@ -213,6 +216,19 @@ def _sample_standard_normal(d: int) -> Callable[[jax.Array, int], jax.Array]:
 
 def _log_equal_mixture(log_f: jax.Array) -> jax.Array:
     return logsumexp(log_f, axis=1) - jnp.log(jnp.asarray(log_f.shape[1], log_f.dtype))
+
+
+def _with_law(plan: _Plan, log_g: jax.Array, log_f: jax.Array) -> jax.Array:
+    """Log-density of a proposal that takes its defensive share from the law; shapes agree."""
+    if not plan.defensive:
+        return log_g
+    return jnp.logaddexp(math.log1p(-plan.defensive) + log_g, math.log(plan.defensive) + log_f)
+
+
+def _log_q(plan: _Plan, proposal: Mixture, log_g: jax.Array, log_f: jax.Array) -> jax.Array:
+    """Log-density ``(n,)`` that points are drawn from, given those of components and laws."""
+    log_mixture = logsumexp(log_g + jnp.log(proposal.alpha)[None], axis=1)
+    return _with_law(plan, log_mixture, _log_equal_mixture(log_f))
 
 
 def _begin(plan: _Plan, x, y, log_f, weights) -> _State:
@@ -282,7 +298,8 @@ def _next_proposal(plan: _Plan, key, state: _State, weights) -> Mixture:
     x, y, log_f, used = state.x, state.y, state.log_f, state.used
     n, j = x.shape[0], weights.shape[0]
     log_q = jax.lax.map(lambda mixture: mixture_log_prob(mixture, x), state.proposals)
-    log_q = log_q.at[0].set(_log_equal_mixture(log_f))
+    log_bar = _log_equal_mixture(log_f)
+    log_q = _with_law(plan, log_q, jnp.broadcast_to(log_bar, log_q.shape)).at[0].set(log_bar)
     is_used = jnp.arange(plan.batches) < used
     log_h = logsumexp(jnp.where(is_used[:, None], log_q, -jnp.inf), axis=0) - jnp.log(used)
     is_drawn = jnp.arange(n) < used * plan.size
@@ -307,6 +324,9 @@ def _next_proposal(plan: _Plan, key, state: _State, weights) -> Mixture:
         r = (residual / jnp.where(unit == 0, 1.0, unit)) ** 2
         # From the interior: a share that had vanished must be able to come back.
         start = (state.proposal.alpha + 1 / j) / 2
+        # The law's share is fixed, and shares sum to one: it counts as a part of each component.
+        log_law = jnp.broadcast_to((log_bar - log_h)[:, None], log_g.shape)
+        log_g = _with_law(plan, log_g, log_law)
         alpha = optimal_mixture_weights(start, r, log_g, jnp.zeros_like(log_h))
     # So that a first batch without mass stays NaN.
     return components._replace(alpha=alpha + 0.0 * state.proposal.alpha)
@@ -337,10 +357,11 @@ def _absorb(plan: _Plan, state: _State, k, x, y, log_f, weights) -> _State:
     def absorb(state: _State) -> _State:
         alpha = state.proposal.alpha
         log_g = component_log_prob(state.proposal, x)
+        log_q = _log_q(plan, state.proposal, log_g, log_f)
         beta = jnp.zeros_like(state.beta)
         if plan.control_variates:
-            beta = control_coefficients(log_g, alpha, log_f, y)
-        std_err = iscv_estimate(log_g, alpha, log_f, y, beta).std_err
+            beta = control_coefficients(log_g, alpha, log_f, y, log_q=log_q)
+        std_err = iscv_estimate(log_g, alpha, log_f, y, beta, log_q=log_q).std_err
         variance = plan.size * jnp.sum((jnp.sqrt(weights) * std_err) ** 2)
         before = state.variance / (plan.budget - k * plan.size)
         after = variance / (plan.budget - (k + 1) * plan.size)
@@ -367,13 +388,14 @@ def _finish(plan: _Plan, state: _State, x, y, log_f) -> Expectations:
     is_final = jnp.arange(plan.budget) >= n_adapt
     alpha = state.proposal.alpha
     log_g = component_log_prob(state.proposal, x)
-    out = iscv_estimate(log_g, alpha, log_f, y, state.beta, where=is_final)
+    # Weights have a gradient where the law does; the proposal counts as given.
+    log_q = jax.lax.stop_gradient(_log_q(plan, state.proposal, log_g, log_f))
+    out = iscv_estimate(log_g, alpha, log_f, y, state.beta, log_q=log_q, where=is_final)
     is_met = (log_f > -jnp.inf) & (y != 0) & is_final[:, None]
     has_mass = jnp.broadcast_to(jnp.any(is_met, axis=0), alpha.shape)
     debug_check(
         jnp.all(has_mass), "no mass found: an expectation's phi is zero in all of the final sample"
     )
-    log_q = logsumexp(log_g + jnp.log(alpha)[None], axis=1)
     log_weights = jnp.where(is_final, _log_equal_mixture(log_f) - log_q, -jnp.inf)
     return Expectations(
         mean=jnp.where(has_mass, out.mean, jnp.nan),
@@ -401,6 +423,15 @@ def _points(x: ArrayLike, n: int, plan: _Plan) -> jax.Array:
             f"{x.shape[1] + 1} in each"
         )
     return x.astype(at_least_f32(x.dtype))
+
+
+def _draw(plan: _Plan, sample_f, sample, key, state: _State, n: int) -> jax.Array:
+    """Step 3: ``n`` points of the newest proposal, a defensive share of them from the law."""
+    if not plan.defensive:
+        return sample(key, state.proposal, n)
+    key_mixture, key_law, key_choice = jax.random.split(key, 3)
+    x, law = sample(key_mixture, state.proposal, n), _points(sample_f(key_law, n), n, plan)
+    return jnp.where(keys.uniform(key_choice, (n, 1), x.dtype) < plan.defensive, law, x)
 
 
 def _columns(name: str, value: Any, x: jax.Array) -> jax.Array:
@@ -455,7 +486,7 @@ def _run(key, weights, phi, log_f, sample_f, plan: _Plan, progress: bool) -> Exp
         return y, logs
 
     def drawn(state: _State, k: ArrayLike, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x = mixture_sample(jax.random.fold_in(key_x, k), state.proposal, n)
+        x = _draw(plan, sample_f, mixture_sample, jax.random.fold_in(key_x, k), state, n)
         record = (x, *evaluate(x))
         tick(jnp.asarray(k))
         return record
@@ -513,7 +544,7 @@ def _run_host(
             else:
                 fold = jax.random.fold_in(key_fit, k)
                 state = _propose_compiled(plan, fold, state, weights)
-                x = _sample_compiled(key_k, state.proposal, n=n)
+                x = _draw(plan, sample_f, _sample_compiled, key_k, state, n)
             points = np.asarray(x)
             logs = _columns("log_f", log_f(points), x)
             y = jnp.asarray(np.concatenate(list(values(points))))
@@ -572,6 +603,7 @@ def multiple_expectations(
     jitter: float = 1e-6,
     simplex: str = "multiplicative",
     inner: int = 3,
+    defensive: float = 0.0,
     host: bool = False,
     batch_size: int | None = None,
     progress: bool | None = None,
@@ -604,6 +636,10 @@ def multiple_expectations(
       simplex: ``"multiplicative"`` minimises the variance over the shares; ``"fixed"`` keeps them
         in proportion to ``sqrt(w_j) |I_j|``.
       inner: see ``family``.
+      defensive: share of all points after the first batch that is drawn from the law itself, in
+        [0, 1). A share such as 0.1 bounds the weights f/g: worth its price where tails of
+        ``phi_j f_j`` are heavier than a Gaussian's fit to it (indicators of rare events), or where
+        ``max_share`` comes out near 1.
       host: ``phi``, ``log_f`` and ``sample_f`` are any Python code, called outside ``jit`` with
         NumPy arrays (``sample_f`` with the key). Same points and, to rounding, same estimates.
       batch_size: most points in one call of ``phi`` under ``host``; a batch at a time if ``None``.
@@ -639,6 +675,8 @@ def multiple_expectations(
         raise ValueError(f"adapt_fraction is {adapt_fraction!r}; expected a number in (0, 1)")
     if not (isinstance(jitter, int | float) and 0 <= jitter < float("inf")):
         raise ValueError(f"jitter is {jitter!r}; expected a number of at least 0")
+    if not 0 <= defensive < 1:
+        raise ValueError(f"defensive is {defensive!r}; expected a number in [0, 1)")
     size = int(adapt_fraction * budget) // batches
     if size < 3 or budget - batches * size < 2:
         raise ValueError(
@@ -661,6 +699,7 @@ def multiple_expectations(
         diagonal=bool(diagonal),
         jitter=float(jitter),
         simplex=simplex,
+        defensive=float(defensive),
     )
     is_traced = any(isinstance(v, jax.core.Tracer) for v in (key, weights))
     if host:
