@@ -217,8 +217,8 @@ def run(
 ) -> tuple[Paris, jax.Array]:
     """All steps in a scan, and whether the reference has density zero."""
     steps = _filter._steps(observations)
-    key_start, key_path, key = jax.random.split(key, 3)
-    (y, seen, z), rest = conditional.split_steps(observations, observed, reference)
+    inputs = (keys_.fold(key, steps), (observations, observed, reference))
+    (key_start, (y, seen, z)), rest = conditional.split_steps(*inputs)
     state, is_dead = start(key_start, y, seen, z, options)
     x_first = state.x
 
@@ -228,13 +228,13 @@ def run(
         state, parents, died = step(key, state, y, seen, z, options)
         return (state, is_dead | died), (state.x, parents) if options.with_path else None
 
-    inputs = (keys_.fold(key, steps - 1), rest)
-    (state, is_dead), kept = jax.lax.scan(body, (state, is_dead), inputs)
+    (state, is_dead), kept = jax.lax.scan(body, (state, is_dead), rest)
     path = None
     if options.with_path:
         here = jnp.arange(options.n, dtype=jnp.int32)
         x, parents = conditional.join((x_first, here), kept)
-        path = conditional.follow(key_path, x, parents, state.log_weights)
+        last = jax.random.fold_in(key, steps)
+        path = conditional.follow(last, x, parents, state.log_weights)
     out = Paris(paris_estimate(state), state.statistic, state.log_weights, path, state.log_z)
     return out, is_dead
 
@@ -388,6 +388,9 @@ def paris_init(
     observed: ArrayLike | None = None,
 ) -> ParisState:
     """Step 0 of a smoother that is fed one observation at a time.
+
+    With ``key = fold_in(k, 0)``, and ``fold_in(k, t)`` for step ``t``, the steps equal
+    ``paris(k, ...)``.
 
     Args:
       key: a typed key.
