@@ -18,7 +18,8 @@ Source: Demange-Chryst, Bachoc and Morio, "Efficient estimation of multiple expe
 same sample by adaptive importance sampling and control variates", arXiv 2212.00568; ``defensive``
 after Owen and Zhou, "Safe and effective importance sampling", JASA 2000. Differences: step 1 takes
 |phi_j|, right for a phi of either sign, where the authors take phi_j; step 2 runs the
-multiplicative rule, where they call SLSQP; ``jitter`` is in units of the law's own variances.
+multiplicative rule, where they call SLSQP; covariances have a prior (``shrinkage``); ``jitter`` is
+in units of the law's own variances.
 """
 
 import dataclasses
@@ -170,6 +171,7 @@ class _Plan:
     jitter: float
     simplex: str
     defensive: float
+    shrinkage: float
 
     @property
     def pieces(self) -> list[int]:
@@ -186,7 +188,7 @@ class _State(NamedTuple):
     log_f: jax.Array
     proposals: Mixture  # of each batch, stacked; entry 0 is never used
     proposal: Mixture  # the newest
-    jitter: jax.Array  # (d,)
+    law_cov: jax.Array  # (d, d), of the first batch
     beta: jax.Array
     variance: jax.Array  # ()
     used: jax.Array  # () batches
@@ -265,7 +267,7 @@ def _begin(plan: _Plan, x, y, log_f, weights) -> _State:
         log_f=buffer(log_f),
         proposals=jax.tree.map(lambda v: jnp.stack([v] * plan.batches), proposal),
         proposal=proposal,
-        jitter=plan.jitter * jnp.var(x, axis=0),
+        law_cov=jnp.atleast_2d(jnp.cov(x, rowvar=False)),
         beta=mean * plan.control_variates,
         variance=variance,
         used=jnp.int32(1),
@@ -310,7 +312,7 @@ def _next_proposal(plan: _Plan, key, state: _State, weights) -> Mixture:
     log_w = jnp.where(log_ratio == -jnp.inf, -jnp.inf, log_ratio + jnp.log(jnp.abs(y)))
     # An expectation without mass so far has its own law for a component.
     log_w = jnp.where(jnp.all(log_w == -jnp.inf, axis=0, keepdims=True), log_ratio, log_w)
-    components = _fit(plan, key, x, log_w, state.jitter)
+    components = _fit(plan, key, x, log_w, state.law_cov)
 
     values = jnp.broadcast_to(weighted_values(log_f, log_h, y), (n, j))
     if plan.simplex == "fixed":
@@ -332,10 +334,15 @@ def _next_proposal(plan: _Plan, key, state: _State, weights) -> Mixture:
     return components._replace(alpha=alpha + 0.0 * state.proposal.alpha)
 
 
-def _fit(plan: _Plan, key, x, log_w, jitter) -> Mixture:
+def _fit(plan: _Plan, key, x, log_w, law_cov) -> Mixture:
     """Components of equal shares, each fitted to a column of ``log_w`` ``(n, J)``."""
-    options: dict[str, Any] = {"diagonal": plan.diagonal, "jitter": jitter}
-    j = log_w.shape[1]
+    j, d = log_w.shape[1], x.shape[1]
+    options: dict[str, Any] = {
+        "diagonal": plan.diagonal,
+        "jitter": plan.jitter * jnp.diag(law_cov),
+        "prior_cov": law_cov,
+        "prior_size": plan.shrinkage * d,
+    }
     if plan.family == "gaussian":
         mean, cov = jax.vmap(lambda w: cross_entropy_fit(x, w, **options))(log_w.T)
         fit = GaussianMixture(jnp.zeros((j, 1), x.dtype), mean[:, None], cov[:, None])
@@ -604,6 +611,7 @@ def multiple_expectations(
     simplex: str = "multiplicative",
     inner: int = 3,
     defensive: float = 0.0,
+    shrinkage: float = 1.0,
     host: bool = False,
     batch_size: int | None = None,
     progress: bool | None = None,
@@ -640,6 +648,9 @@ def multiple_expectations(
         [0, 1). A share such as 0.1 bounds the weights f/g: worth its price where tails of
         ``phi_j f_j`` are heavier than a Gaussian's fit to it (indicators of rare events), or where
         ``max_share`` comes out near 1.
+      shrinkage: the covariances have a prior at the law's own, worth ``shrinkage * d`` points:
+        without it (0, as published) the first fits, often from two or three points that count,
+        can be needles.
       host: ``phi``, ``log_f`` and ``sample_f`` are any Python code, called outside ``jit`` with
         NumPy arrays (``sample_f`` with the key). Same points and, to rounding, same estimates.
       batch_size: most points in one call of ``phi`` under ``host``; a batch at a time if ``None``.
@@ -673,8 +684,9 @@ def multiple_expectations(
     one_of("simplex", simplex, ("multiplicative", "fixed"))
     if not 0 < adapt_fraction < 1:
         raise ValueError(f"adapt_fraction is {adapt_fraction!r}; expected a number in (0, 1)")
-    if not (isinstance(jitter, int | float) and 0 <= jitter < float("inf")):
-        raise ValueError(f"jitter is {jitter!r}; expected a number of at least 0")
+    for name, value in (("jitter", jitter), ("shrinkage", shrinkage)):
+        if not (isinstance(value, int | float) and 0 <= value < float("inf")):
+            raise ValueError(f"{name} is {value!r}; expected a number of at least 0")
     if not 0 <= defensive < 1:
         raise ValueError(f"defensive is {defensive!r}; expected a number in [0, 1)")
     size = int(adapt_fraction * budget) // batches
@@ -700,6 +712,7 @@ def multiple_expectations(
         jitter=float(jitter),
         simplex=simplex,
         defensive=float(defensive),
+        shrinkage=float(shrinkage),
     )
     is_traced = any(isinstance(v, jax.core.Tracer) for v in (key, weights))
     if host:

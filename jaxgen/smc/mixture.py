@@ -98,15 +98,26 @@ def _points(x: ArrayLike, log_w: ArrayLike) -> tuple[jax.Array, jax.Array]:
 
 
 def cross_entropy_fit(
-    x: ArrayLike, log_w: ArrayLike, *, diagonal: bool = False, jitter: ArrayLike = 1e-6
+    x: ArrayLike,
+    log_w: ArrayLike,
+    *,
+    diagonal: bool = False,
+    jitter: ArrayLike = 1e-6,
+    prior_cov: ArrayLike | None = None,
+    prior_size: float = 0.0,
 ) -> Gaussian:
     """The Gaussian nearest in Kullback-Leibler to weighted points: their moments (2).
+
+    With a prior the covariance is (ess C + prior_size prior_cov) / (ess + prior_size), C that of
+    (2) and ess the points' effective number: a few points then give no needle.
 
     Args:
       x: points, ``(n, d)``.
       log_w: their log-weights, unnormalised, ``(n,)``; ``-inf`` leaves a point out.
       diagonal: keep the variances alone.
       jitter: added to the variances, ``()`` or ``(d,)``, in the units of ``x`` squared.
+      prior_cov: ``(d, d)``; no prior if ``None``.
+      prior_size: how many points the prior is worth.
 
     Returns:
       ``Gaussian(mean, cov)``; NaN where all log-weights are ``-inf`` or one is NaN.
@@ -126,9 +137,15 @@ def cross_entropy_fit(
     mean = p @ x
     centred = x - mean[None]
     extra = jnp.broadcast_to(jnp.asarray(jitter, x.dtype), mean.shape)
-    if diagonal:
-        return Gaussian(mean, jnp.diag(p @ centred**2 + extra))
-    return Gaussian(mean, (centred * p[:, None]).T @ centred + jnp.diag(extra))
+    cov = jnp.diag(p @ centred**2) if diagonal else (centred * p[:, None]).T @ centred
+    if prior_cov is not None:
+        ess = 1 / jnp.sum(p**2)
+        prior_cov = floating("prior_cov", prior_cov)
+        if prior_cov.shape != cov.shape:
+            raise ValueError(f"prior_cov has shape {prior_cov.shape}; expected {cov.shape}")
+        prior = jnp.diag(jnp.diag(prior_cov)) if diagonal else prior_cov
+        cov = (ess * cov + prior_size * prior) / (ess + prior_size)
+    return Gaussian(mean, cov + jnp.diag(extra))
 
 
 def _seeds(key: jax.Array, points: jax.Array, log_w: jax.Array, k: int) -> jax.Array:
@@ -155,6 +172,8 @@ def em_fit(
     steps: int = 30,
     diagonal: bool = False,
     jitter: ArrayLike = 1e-6,
+    prior_cov: ArrayLike | None = None,
+    prior_size: float = 0.0,
 ) -> GaussianMixture:
     """A mixture of ``k`` Gaussians near weighted points in Kullback-Leibler: weighted EM.
 
@@ -170,6 +189,8 @@ def em_fit(
       steps: EM steps.
       diagonal: keep the variances alone.
       jitter: added to the variances, ``()`` or ``(d,)``, in the units of ``x`` squared.
+      prior_cov: prior of the overall covariance C, as in ``cross_entropy_fit``.
+      prior_size: how many points that prior is worth.
 
     Returns:
       A ``GaussianMixture``; NaN where all log-weights are ``-inf`` or one is NaN.
@@ -181,10 +202,17 @@ def em_fit(
     x, log_w = _points(x, log_w)
     k, steps = positive_int("k", k), positive_int("steps", steps)
     d = x.shape[1]
-    whole = cross_entropy_fit(x, log_w, diagonal=diagonal, jitter=jitter)
+    whole = cross_entropy_fit(
+        x,
+        log_w,
+        diagonal=diagonal,
+        jitter=jitter,
+        prior_cov=prior_cov,
+        prior_size=prior_size,
+    )
     log_p = jax.nn.log_softmax(log_w)
     size = 1 / jnp.sum(jnp.exp(2 * log_p))
-    prior_cov, prior_size = whole.cov / k ** (2 / d), d + 2.0
+    part_cov, part_size = whole.cov / k ** (2 / d), d + 2.0
 
     def fitted(log_share: jax.Array) -> GaussianMixture:
         """The M-step, ``log_share`` ``(n, k)`` being log r_nk."""
@@ -195,7 +223,7 @@ def em_fit(
             jnp.where(alive[None], joint, log_p[:, None]).T
         )
         points = jnp.where(alive, total * size, 0.0)[:, None, None]
-        mixed = (points * fit.cov + prior_size * prior_cov[None]) / (points + prior_size)
+        mixed = (points * fit.cov + part_size * part_cov[None]) / (points + part_size)
         covs = jnp.where(alive[:, None, None], mixed, whole.cov[None])
         log_weights = jnp.log(jnp.where(alive, total, 1e-3 / size))
         return GaussianMixture(jax.nn.log_softmax(log_weights), fit.mean, covs)
