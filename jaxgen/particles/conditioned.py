@@ -8,6 +8,7 @@ Sources: Chopin and Singh 2015 (conditional systematic); Karppinen, Singh and Vi
 random shifts); the conditioned residual and SSP schemes are derived here.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -58,6 +59,13 @@ def conditional_resample(
     total = log_weights.shape[0]
     n = total if n is None else positive_int("n", n)
     check_sizes(total, n, 1, method)
+    return _conditional_resample(key, log_weights, method=method, n=n)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "n"), inline=True)
+def _conditional_resample(
+    key: jax.Array, log_weights: jax.Array, *, method: str, n: int
+) -> jax.Array:
     weights, usable = relative_weights(log_weights, None)
     debug_check(usable, "log_weights: all are -inf, or one is NaN or +inf")
     ends, start = fixed_point.cumulative(weights, n)
@@ -70,7 +78,7 @@ def conditional_resample(
         rest = sharded.ancestors(counts, n, None)[1:]
     rest = jax.random.permutation(shuffle_key, rest)
     ancestors = jnp.concatenate([jnp.zeros(1, jnp.int32), rest])
-    return jnp.where(usable, ancestors, total)
+    return jnp.where(usable, ancestors, log_weights.shape[0])
 
 
 def _share_of_first(ends: Fixed) -> tuple[jax.Array, jax.Array, jax.Array]:

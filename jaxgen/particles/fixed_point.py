@@ -4,7 +4,7 @@ A float32 running sum of n weights that ends at 1 has steps of 6e-8: at n = 1e6 
 slot is off by up to 6 %, and a zero weight at the end can come out positive. Here every particle's
 expected number of slots, ``n w_i / sum w``, is rounded once to a whole number and a fraction of
 2^-32, and all sums after that are integers: exact in any order, so the same bits on any number of
-devices. A fraction's running sum wraps, and ``sum < last term`` says that it did.
+devices.
 """
 
 from typing import NamedTuple
@@ -39,36 +39,35 @@ class Fixed(NamedTuple):
     part: jax.Array
 
 
+def _blocks(x: jax.Array) -> jax.Array:
+    width = min(_BLOCK, x.shape[0])
+    rows = -(-x.shape[0] // width)
+    return jnp.pad(x, (0, rows * width - x.shape[0])).reshape(rows, width)
+
+
+def _row_sums(x: jax.Array) -> jax.Array:
+    # Whole numbers below 2^24 are exact in float32, if it is float32.
+    triangle = jnp.triu(jnp.ones((x.shape[1],) * 2, jnp.float32))
+    exact = jax.lax.Precision.HIGHEST
+    return jnp.matmul(x.astype(jnp.float32), triangle, precision=exact).astype(x.dtype)
+
+
+def _exclusive(x: jax.Array) -> jax.Array:
+    return jnp.pad(x[:-1], (1, 0))
+
+
 def prefix_sum(x: jax.Array) -> jax.Array:
-    """Inclusive running sum of integers ``(n,)``, exact.
+    """Inclusive running sum of int32 ``(n,)``, exact up to 2^24.
 
     Products with a triangle of ones over blocks of 32, then the blocks' totals in the same way: on
     a CPU several times as fast as XLA's own cumulative sum, and at home on a matrix unit.
-
-    Args:
-      x: int32 with no partial sum above 2^24 in size; or any uint32, whose sums wrap.
     """
-    n = x.shape[0]
-    if n <= 1:
+    if x.shape[0] <= 1:
         return x
-    width = min(_BLOCK, n)
-    rows = -(-n // width)
-    block = jnp.pad(x, (0, rows * width - n)).reshape(rows, width)
-    triangle = jnp.triu(jnp.ones((width, width), jnp.float32))
-
-    def sums(v: jax.Array) -> jax.Array:
-        # Whole numbers below 2^24 are exact in float32, if it is float32.
-        exact = jax.lax.Precision.HIGHEST
-        return jnp.matmul(v.astype(jnp.float32), triangle, precision=exact).astype(x.dtype)
-
-    if x.dtype == jnp.uint32:
-        block = sums(block & 0xFFFF) + (sums(block >> 16) << 16)
-    else:
-        block = sums(block)
-    if rows > 1:
-        totals = prefix_sum(block[:, -1])
-        block = block + jnp.pad(totals[:-1], (1, 0))[:, None]
-    return block.reshape(-1)[:n]
+    block = _row_sums(_blocks(x))
+    if block.shape[0] > 1:
+        block = block + _exclusive(prefix_sum(block[:, -1]))[:, None]
+    return block.reshape(-1)[: x.shape[0]]
 
 
 def multiply(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -90,22 +89,37 @@ def _subtract(a: Fixed, b: Fixed) -> Fixed:
     return Fixed(a.whole - b.whole - (a.part < b.part), a.part - b.part)
 
 
+def _running(x: Fixed) -> Fixed:
+    if x.part.shape[0] <= 1:
+        return x
+    part = _blocks(x.part)
+    # Halves of 16 bits: 32 of them add up below 2^21.
+    low, high = _row_sums(part & 0xFFFF), _row_sums(part >> 16)
+    high = high + (low >> 16)
+    whole = _row_sums(_blocks(x.whole)) + (high >> 16).astype(jnp.int32)
+    sums = Fixed(whole, (high << 16) | (low & 0xFFFF))
+    if whole.shape[0] > 1:
+        ends = _running(Fixed(whole[:, -1], sums.part[:, -1]))
+        sums = _add(sums, Fixed(*(_exclusive(v)[:, None] for v in ends)))
+    return Fixed(*(v.reshape(-1)[: x.part.shape[0]] for v in sums))
+
+
 def running(x: Fixed, axis_name: str | None = None) -> tuple[Fixed, Fixed, Fixed]:
     """Inclusive running sums of ``x`` ``(n,)``, the sum before the first, and the last.
 
     With ``axis_name``, inside ``shard_map`` or ``pmap``, sums run over all devices in order; two
     numbers a device are exchanged.
     """
-    part = prefix_sum(x.part)
-    sums = Fixed(prefix_sum(x.whole + (part < x.part)), part)
+    sums = _running(x)
     total = Fixed(sums.whole[-1], sums.part[-1])
     start = Fixed(jnp.zeros_like(total.whole), jnp.zeros_like(total.part))
     if axis_name is None:
         return sums, start, total
-    ends, _, over_all = running(Fixed(*(jax.lax.all_gather(v, axis_name) for v in total)))
+    ends = _running(Fixed(*(jax.lax.all_gather(v, axis_name) for v in total)))
     here = jax.lax.axis_index(axis_name)
     start = _subtract(Fixed(ends.whole[here], ends.part[here]), total)
-    return _add(sums, Fixed(*(jnp.broadcast_to(v, part.shape) for v in start))), start, over_all
+    sums = _add(sums, Fixed(*(v[None] for v in start)))
+    return sums, start, Fixed(ends.whole[-1], ends.part[-1])
 
 
 def _sum_of_weights(weights: jax.Array, axis_name: str | None) -> jax.Array:

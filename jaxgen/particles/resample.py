@@ -5,6 +5,7 @@ weight is ever chosen, equal weights get equal counts, and the answer is the sam
 devices. All of it is O(N): no sort, no host callback.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -78,6 +79,19 @@ def resample(
                 mesh=jax.typeof(log_weights).sharding.mesh,
             )(key, log_weights)
         log_weights = unsharded(log_weights)
+    return _resample(key, log_weights, method=method, n=n, total=total, axis_name=axis_name)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "n", "total", "axis_name"), inline=True)
+def _resample(
+    key: jax.Array,
+    log_weights: jax.Array,
+    *,
+    method: str,
+    n: int,
+    total: int,
+    axis_name: str | None,
+) -> jax.Array:
     weights, usable = relative_weights(log_weights, axis_name)
     debug_check(usable, "log_weights: all are -inf, or one is NaN or +inf")
     ends, start = fixed_point.cumulative(weights, n, axis_name)

@@ -111,14 +111,16 @@ def duels(
     key_here = (
         key if axis_name is None else jax.random.fold_in(key, 1 + jax.lax.axis_index(axis_name))
     )
-    levels, level = [], part
+    # One duel settles one fraction, so that fewer words than fractions are needed.
+    words = jax.random.bits(key_here, (part.shape[0] + 32,), jnp.uint32)
+    levels, level, used = [], part, 0
     while level.shape[0] > 1:
         pairs = jnp.pad(level, (0, level.shape[0] % 2)).reshape(-1, 2)
         a, b = pairs[:, 0], pairs[:, 1]
         left_over = a + b
         full = left_over < a  # the sum passed 1
-        round_key = jax.random.fold_in(key_here, len(levels))
-        word = jax.random.bits(round_key, a.shape, jnp.uint32)
+        word = words[used : used + a.shape[0]]
+        used += a.shape[0]
         # Chances a : b of going on, or of 1 - b : 1 - a of settling at 1, as 32-bit integers.
         chances = jnp.where(full, -left_over, left_over)
         drawn, _ = multiply(word, chances)
@@ -127,7 +129,7 @@ def duels(
         if first_wins is not None:
             a0, b0 = (v[0].astype(jnp.float32) / 2.0**32 for v in (a, b))
             settles = (1 - b0) / ((2 - a0 - b0) * a0)
-            u = jax.random.uniform(jax.random.fold_in(round_key, 1))
+            u = word[0].astype(jnp.float32) / 2.0**32
             given = jnp.where(full[0], u >= settles, True)
             a_goes_on = a_goes_on.at[0].set(jnp.where(alive, given, a_goes_on[0]))
             alive = alive & a_goes_on[0]

@@ -81,7 +81,9 @@ def normalise(log_weights: ArrayLike, *, axis_name: str | None = None) -> jax.Ar
       axis_name: inside ``shard_map`` or ``pmap``, the mapped axis over which particles are split.
     """
     array = check_log_weights(log_weights)
-    return array - log_sum_exp(array, axis_name=axis_name)
+    weights, shift = _shifted(array, axis_name)
+    # In two steps: a large shift would round away what the sum says.
+    return (array - shift) - jnp.log(_sum(weights, axis_name))
 
 
 def ess(log_weights: ArrayLike, *, axis_name: str | None = None) -> jax.Array:

@@ -176,6 +176,16 @@ class _Given(diffrax.AbstractBrownianPath):
         return self.increment
 
 
+def _levy_area(solver: diffrax.AbstractSolver) -> type:
+    """The least that the solver asks of its path."""
+    least = getattr(solver, "minimal_levy_area", diffrax.AbstractBrownianIncrement)
+    if issubclass(least, diffrax.AbstractSpaceTimeTimeLevyArea):
+        return diffrax.SpaceTimeTimeLevyArea
+    if issubclass(least, diffrax.AbstractSpaceTimeLevyArea):
+        return diffrax.SpaceTimeLevyArea
+    return diffrax.BrownianIncrement
+
+
 def sde_model(
     terms: Callable[[diffrax.AbstractBrownianPath], Any],
     times: ArrayLike,
@@ -255,8 +265,7 @@ def sde_model(
         start, end = interval(t)
         share = jnp.arange(1, substeps, dtype=knots.dtype) / substeps
         grid = jnp.concatenate([start[None], start + (end - start) * share, end[None]])
-        levy_area = getattr(method, "minimal_levy_area", diffrax.BrownianIncrement)
-        path = GridPath(key, shape, dtype, substeps, grid, levy_area=levy_area)
+        path = GridPath(key, shape, dtype, substeps, grid, levy_area=_levy_area(method))
         wide = jax.tree.map(lambda v: jnp.asarray(v, at_least_f32(jnp.result_type(v))), x)
         done = scan_terms(terms(path), method, grid, wide)
         is_sound = done.result == diffrax.RESULTS.successful
