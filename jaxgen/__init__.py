@@ -2,7 +2,8 @@
 
 The rooms are imported on first use: ``jaxgen.process`` (how data becomes noise), ``jaxgen.score``
 (what a network is taught), ``jaxgen.solve`` (from noise back to data), ``jaxgen.guide``
-(conditions and inverse tasks), ``jaxgen.mcmc`` (chains), ``jaxgen.share`` (fewer parameters than
+(conditions and inverse tasks), ``jaxgen.mcmc`` (chains), ``jaxgen.smc`` (weighted particles at
+work) over ``jaxgen.particles`` (weights and resampling), ``jaxgen.share`` (fewer parameters than
 weights), ``jaxgen.prune`` (masks over parameters), ``jaxgen.metrics``, ``jaxgen.nets`` and
 ``jaxgen.train``.
 """
@@ -18,10 +19,12 @@ _ROOMS = (
     "mcmc",
     "metrics",
     "nets",
+    "particles",
     "process",
     "prune",
     "score",
     "share",
+    "smc",
     "solve",
     "train",
 )

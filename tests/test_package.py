@@ -23,8 +23,8 @@ def _modules():
 def test_importing_starts_no_device_and_no_plotting():
     code = (
         "import sys, jaxgen\n"
-        "from jaxgen import guide, mcmc, metrics, nets, process, prune, score\n"
-        "from jaxgen import share, solve, train\n"
+        "from jaxgen import guide, mcmc, metrics, nets, particles, process, prune\n"
+        "from jaxgen import score, share, smc, solve, train\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge.backends_are_initialized()\n"
         "assert 'matplotlib' not in sys.modules\n"
@@ -37,6 +37,9 @@ def test_functions_stay_callable_beside_modules_of_their_name():
     for name in _modules():
         importlib.import_module(name)
     assert inspect.isfunction(jaxgen.solve.sample)
+    for name in ("resample", "paris", "feynman_kac"):
+        assert inspect.isfunction(getattr(jaxgen.smc, name))
+    assert inspect.isfunction(jaxgen.particles.resample)
     for room in jaxgen._ROOMS:
         module = getattr(jaxgen, room)
         missing = [n for n in module.__all__ if not hasattr(module, n)]

@@ -253,10 +253,11 @@ def maybe_resample(
         return x, log_weights, stay, jnp.zeros_like(size)
 
     if threshold == 1 and when is None:
-        return Resampled(*(out := yes(None))[:3], jnp.asarray(True), size, out[3])
+        x, zeros, ancestors, gain = yes(None)
+        return Resampled(x, zeros, ancestors, jnp.asarray(True), size, gain)
     # Not "below": a NaN size must resample, which turns the particles into NaN.
     fallen = jnp.asarray(True) if threshold == 1 else ~(size >= threshold * n * split)
     if when is not None:
         fallen = fallen & when
-    out = jax.lax.cond(fallen, yes, no, None)
-    return Resampled(*out[:3], fallen, size, out[3])
+    x, log_weights, ancestors, gain = jax.lax.cond(fallen, yes, no, None)
+    return Resampled(x, log_weights, ancestors, fallen, size, gain)
