@@ -230,34 +230,34 @@ def maybe_resample(
     """
     if isinstance(threshold, bool) or not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold!r}; expected a number in (0, 1]")
-    log_weights = check_log_weights(log_weights)
-    n = log_weights.shape[0]
+    old = check_log_weights(log_weights)
+    n = old.shape[0]
     for leaf in jax.tree.leaves(x):
         if jnp.shape(leaf)[:1] != (n,):
             raise ValueError(f"x has a leaf of shape {jnp.shape(leaf)} for {n} log-weights")
-    size = ess(log_weights, axis_name=axis_name)
+    size = ess(old, axis_name=axis_name)
     split = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     first = 0 if axis_name is None else n * jax.lax.axis_index(axis_name)
 
     def yes(_: None) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-        ancestors = resample(key, log_weights, method=method, axis_name=axis_name)
+        ancestors = resample(key, old, method=method, axis_name=axis_name)
         moved = (
             take(x, ancestors) if axis_name is None else sharded.exchange(x, ancestors, axis_name)
         )
-        gain = log_mean_exp(log_weights, axis_name=axis_name)
-        return moved, jnp.zeros_like(log_weights), ancestors, gain
+        gain = log_mean_exp(old, axis_name=axis_name)
+        return moved, jnp.zeros_like(old), ancestors, gain
 
     def no(_: None) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
         # Plus zeros of the weights' own sharding.
-        stay = jnp.arange(n, dtype=jnp.int32) + first + jnp.zeros_like(log_weights, jnp.int32)
-        return x, log_weights, stay, jnp.zeros_like(size)
+        stay = jnp.arange(n, dtype=jnp.int32) + first + jnp.zeros_like(old, jnp.int32)
+        return x, old, stay, jnp.zeros_like(size)
 
     if threshold == 1 and when is None:
-        x, zeros, ancestors, gain = yes(None)
-        return Resampled(x, zeros, ancestors, jnp.asarray(True), size, gain)
+        x, new, ancestors, gain = yes(None)
+        return Resampled(x, new, ancestors, jnp.asarray(True), size, gain)
     # Not "below": a NaN size must resample, which turns the particles into NaN.
     fallen = jnp.asarray(True) if threshold == 1 else ~(size >= threshold * n * split)
     if when is not None:
         fallen = fallen & when
-    x, log_weights, ancestors, gain = jax.lax.cond(fallen, yes, no, None)
-    return Resampled(x, log_weights, ancestors, fallen, size, gain)
+    x, new, ancestors, gain = jax.lax.cond(fallen, yes, no, None)
+    return Resampled(x, new, ancestors, fallen, size, gain)

@@ -39,6 +39,7 @@ from jaxgen.smc.sde_model import linear_sde, sde_model
 from jaxgen.smc.sobol import pick_freeze, sobol_from_expectations
 from jaxgen.smc.state_space import StateSpaceModel
 from jaxgen.smc.target import potential_from_density
+from jaxgen.smc.tempered import Tempered, tempered
 
 __all__ = [
     "Ascent",
@@ -54,6 +55,7 @@ __all__ = [
     "ParticleGibbs",
     "Resampled",
     "StateSpaceModel",
+    "Tempered",
     "backward_sample",
     "conditional_paris",
     "conditional_resample",
@@ -91,4 +93,5 @@ __all__ = [
     "sobol_from_expectations",
     "take",
     "target",
+    "tempered",
 ]
