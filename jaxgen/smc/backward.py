@@ -221,7 +221,7 @@ def _rejection(
         size = smaller
         todo = _unfinished(state[0] == n, size)
     index, above, _ = state
-    debug_check(~above, "log_transition exceeds log_transition_bound")
+    debug_check(~above, "at step {t} log_transition exceeds log_transition_bound", t=t)
     index = _finish(two_keys[0], model, x, log_weights, x_next, t, index, shape[1])
     return jnp.where(above, n + 1, index).reshape(shape)
 

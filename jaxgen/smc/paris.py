@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxgen.core import keys as keys_
-from jaxgen.core.checks import floating
+from jaxgen.core.checks import debug_check, floating
 from jaxgen.particles.resample import take
 from jaxgen.particles.weights import normalise
 from jaxgen.smc import conditional
@@ -178,12 +178,19 @@ def step(
         backward=options.backward,
         max_trials=options.max_trials,
     )
-    # No parent and a weight: NaN, unless it is the reference, which the model need not reach.
-    log_weights = jnp.where(parents[:, 0] < options.n, log_weights, jnp.nan)
     if is_conditional:
+        # A reference that the model cannot reach is left behind.
         unreached = parents[0, 0] == options.n
         log_weights = log_weights.at[0].set(jnp.where(unreached, -jnp.inf, log_weights[0]))
     log_weights, log_z = conditional.settle(log_weights, state.log_z, t)
+    is_lost = jnp.any((parents[:, 0] >= options.n) & ~jnp.isneginf(log_weights))
+    debug_check(
+        ~is_lost | jnp.isnan(log_z),
+        "at step {t} a particle of positive weight has no parent: log_transition is -inf or NaN",
+        t=t,
+    )
+    nan = jnp.where(is_lost, jnp.nan, 0).astype(log_weights.dtype)
+    log_weights, log_z = log_weights + nan, log_z + nan
     dtype = state.statistic.dtype
 
     def one(x_next: Any, parents: jax.Array) -> jax.Array:
