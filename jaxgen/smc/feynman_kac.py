@@ -261,8 +261,8 @@ def _check_window(window: Any, sde: LinearSDE) -> tuple[Any, Any] | None:
     if any(v is None for v in known):
         return window[0], window[1]
     low, high, first, last = (float(v) for v in known if v is not None)
-    if sde.ends is not None:
-        first, last = min(first, *sde.ends), max(last, *sde.ends)
+    ends = [end for end in sde.ends or () if math.isfinite(end)]
+    first, last = min(first, *ends), max(last, *ends)
     slack = 1e-6 * (last - first)
     if not (first - slack <= low < high <= last + slack):
         raise ValueError(
