@@ -17,6 +17,7 @@ NAMES = {
     "solvers": "error against field evaluations for every named solver, and the time per sample",
     "against_diffusers": "the fast samplers against diffusers on torch, same knots and weights",
     "restoration": "digits blurred and noised, restored in 5 to 20 evaluations against 100",
+    "resampling": "resampling against blackjax and cuthbertlib: time and wrong ancestors",
     "sharing": "expand and its gradient against a stored index",
 }
 

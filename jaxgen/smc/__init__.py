@@ -1,6 +1,7 @@
 """Weighted particles at work: filters, smoothers, Gibbs sweeps, importance sampling, steering."""
 
 from jaxgen.particles import (
+    METHODS,
     Resampled,
     conditional_resample,
     ess,
@@ -42,6 +43,7 @@ from jaxgen.smc.target import potential_from_density
 from jaxgen.smc.tempered import Tempered, tempered
 
 __all__ = [
+    "METHODS",
     "Ascent",
     "ConditionalSMC",
     "Expectations",
