@@ -103,6 +103,7 @@ class FeynmanKac:
       ess: effective sample size after each step, before it is resampled, ``(steps,)``.
       resampled: whether it then was, ``(steps,)``; never after the last step.
       ancestors: int32 ``(steps, n)``: the particle before that resampling which each one is.
+      observed: what ``observe`` returned after each step, ``(steps, ...)``; ``None`` without it.
       nfe: evaluations of fields for one particle, all fields counted, int32 ``()``.
       times: the grid, ``(steps + 1,)``.
       weights: what the log-weights are (static).
@@ -118,6 +119,7 @@ class FeynmanKac:
     ess: jax.Array
     resampled: jax.Array
     ancestors: jax.Array
+    observed: Any
     nfe: jax.Array
     times: jax.Array
     weights: str = dataclasses.field(metadata={"static": True})
@@ -312,6 +314,7 @@ def feynman_kac(
     log_probs: Sequence[Density] | None = None,
     init: Init = "scaled_prior",
     clip: float | None = None,
+    observe: Callable[[jax.Array, jax.Array, jax.Array], Any] | None = None,
     progress: bool | None = None,
     dtype: DTypeLike | None = None,
     axis_name: str | None = None,
@@ -348,6 +351,8 @@ def feynman_kac(
         target's integral at the first time.
       clip: bound on each step's log-weight about its mean over particles, as released image code
         has it; biased.
+      observe: ``f(x, log_weights, t)`` of the particles after each step, before they are resampled,
+        such as a mean or a few of them.
       progress: ``True`` shows a meter.
       dtype: of the particles; float32 if ``None``. The state is kept in float32 or wider, and the
         fields are called in ``dtype``.
@@ -449,7 +454,7 @@ def feynman_kac(
     often = _Often(resample, 1.0 if resample_every else ess_threshold)
     often = often._replace(allowed=_when(times, window, resample, resample_every))
     tick = Ticker(times.shape[0] - 1, "feynman_kac") if progress else None
-    out = _drive(run, key, shape, times, init, often, tick)
+    out = _drive(run, key, shape, times, init, often, observe, tick)
     return FeynmanKac(
         **{**out, "x": out["x"].astype(dtype)},
         times=times,
@@ -548,8 +553,9 @@ def _drive(
     times: jax.Array,
     init: Init,
     often: _Often,
+    observe: Any,
     tick: Ticker | None,
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     """The scan over the grid."""
     steps, event, dtype = times.shape[0] - 1, shape[1:], times.dtype
     key_init, key_noise, key_resample = jax.random.split(key, 3)
@@ -567,6 +573,9 @@ def _drive(
     if run.is_noisy and rounds * math.prod(shape) <= AHEAD:
         drawn = normals(fold_each(numbered, index), event, dtype)
 
+    def look(level: Level, y: jax.Array, log_weights: jax.Array) -> Any:
+        return None if observe is None else observe(raw(run, level, y), log_weights, level.t)
+
     def body(carry: Any, inputs: Any) -> tuple[Any, Any]:
         y, log_weights, log_z, pending = carry
         n, last, here, there, own = inputs
@@ -576,6 +585,7 @@ def _drive(
         if run.waits:
             gained = increment(run, last, here, pending, node, y)
             log_weights = log_weights + jnp.where(n > 0, gained, 0.0)
+            seen = look(here, y, log_weights)
             done = _settle(run, often, key_resample, n, (y, node), log_weights)
             (y, node), log_weights = done.tree, done.log_weights
             y, pending = move(run, here, there, y, node, own)
@@ -583,17 +593,18 @@ def _drive(
             y, started = move(run, here, there, y, node, own)
             if run.weights == "left":
                 log_weights = log_weights + increment(run, here, there, started, None, y)
+            seen = look(there, y, log_weights)
             done = _settle(run, often, key_resample, n + 1, y, log_weights)
             y, log_weights = done.tree, done.log_weights
         if tick is not None:
             tick(jnp.minimum(n, steps - 1))
-        told = done.ess, done.resampled, done.ancestors
+        told = done.ess, done.resampled, done.ancestors, seen
         return (y, log_weights, log_z + done.gain, pending), told
 
     near = at(jnp.maximum(index - 1, 0)), at(index), at(jnp.minimum(index + 1, steps))
     carry = (y, log_weights, jnp.asarray(log_z, dtype), _blank(run, y))
     (y, log_weights, log_z, _), told = jax.lax.scan(body, carry, (index, *near, drawn))
-    sizes, resampled, ancestors = (v[rounds - steps :] for v in told)
+    sizes, resampled, ancestors, seen = jax.tree.map(lambda v: v[rounds - steps :], told)
     is_number = jnp.all(~jnp.isnan(log_weights))
     checks.debug_check(is_number, "log-weights are NaN: a field or density is not finite")
     log_z = log_z + log_mean_exp(log_weights, axis_name=run.axis_name)
@@ -604,5 +615,6 @@ def _drive(
         "ess": sizes,
         "resampled": resampled,
         "ancestors": ancestors,
+        "observed": seen,
         "nfe": jnp.asarray(rounds * len(run.target.fields), jnp.int32),
     }

@@ -394,9 +394,16 @@ def short(key, options=()):
     return feynman_kac(key, [(PLANE.noise, 2.0)], EDM, (64, 2), grid=SHORT, **dict(options))
 
 
+def see(x, log_weights, t):
+    return t, x, log_weights
+
+
 def test_resampling_by_schedule_and_window(key):
-    options = (("resample_every", 2), ("window", (0.8, 2.0)))
-    out = short(key, options)
+    out = short(key, (("resample_every", 2), ("window", (0.8, 2.0)), ("observe", see)))
+    times, x, log_weights = out.observed
+    np.testing.assert_array_equal(times, np.asarray(SHORT)[1:])
+    np.testing.assert_allclose(x[-1], out.x, rtol=1e-6)
+    np.testing.assert_array_equal(log_weights[-1], out.log_weights)
     n = np.arange(1, 9)
     times = np.asarray(SHORT)[1:]
     due = (n % 2 == 0) & (n < 8) & (times >= 0.8) & (times <= 2.0)
@@ -524,7 +531,7 @@ def test_particles_split_over_devices(key):
     split, same = jax.P("devices"), jax.P()
     one = short(key)
     out_specs = type(one)(
-        *[split, split, same, same, same, jax.P(None, "devices"), same, same],
+        *[split, split, same, same, same, jax.P(None, "devices"), None, same, same],
         **{name: getattr(one, name) for name in STATIC},
     )
     many = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=same, out_specs=out_specs))(key)
