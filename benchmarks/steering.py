@@ -1,0 +1,92 @@
+"""Digits guided to a class with the weights that guidance needs, and by the same SDE without.
+
+A class-conditional network of the digits, trained as ``jaxgen train --labels`` does; 64 samples of
+each class at each guidance scale, by populations of 64 particles in 100 steps. A case's figures are
+the accuracy of a classifier at the class asked for, and the Frechet distance to as many real digits
+in its features; the note has the spread within classes as a share of the data's.
+
+``python -m benchmarks.steering RUN`` measures a run that is there.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.measure import Result, device, versions
+from jaxgen.train.recipes.classifier import train_judge
+from jaxgen.train.recipes.config import ScoreConfig
+from jaxgen.train.recipes.run import Run, open_run, prepare, train_run
+from jaxgen.train.recipes.steering import guided_classes
+
+SCALES = (1.0, 1.5, 2.0, 3.0)
+
+
+def rows_of(run: Run, *, quick: bool = False) -> list[dict[str, Any]]:
+    """A row for each scale, corrected and not."""
+    experiment = run.experiment
+    judge = train_judge(
+        jax.random.key(0),
+        experiment.train,
+        experiment.held_out,
+        steps=experiment.config.classifier_steps,
+    )
+    options = {"scales": (2.0,), "per_class": 8, "particles": 8, "steps": 5} if quick else {}
+    return guided_classes(
+        jax.random.key(1), experiment, run.params, judge, **({"scales": SCALES} | options)
+    )
+
+
+def results(rows: list[dict[str, Any]], step: int) -> Iterator[Result]:
+    """Each scale's accuracy and distance, with the weights against without."""
+    half = len(rows) // 2
+    for ours, peer in zip(rows[:half], rows[half:], strict=True):
+        note = (
+            f"{ours['count']} digits, step {step}; spread {ours['spread']:.3f} and "
+            f"{peer['spread']:.3f}; effective sample size {ours['last_ess']:.3g} at the end; "
+            f"distance of data to data {ours['data_to_data']:.3g}"
+        )
+        for figure, better in (("accuracy", 1), ("frechet", -1)):
+            yield Result(
+                bench="steering",
+                case=f"guide_{ours['scale']:g}_{figure}",
+                ours=ours[figure],
+                peer=peer[figure],
+                peer_name="the same SDE without weights",
+                unit="share" if figure == "accuracy" else "squared distance",
+                ratio=(ours[figure] / peer[figure]) ** better,
+                interval=None,
+                goal=None,
+                pairs=1,
+                first_call_ours=None,
+                first_call_peer=None,
+                device=device(),
+                versions=versions(),
+                note=note,
+            )
+
+
+def run(*, quick: bool) -> Iterator[Result]:
+    small: dict[str, Any] = {"steps": 20, "width": 8, "eval_samples": 20, "eval_likelihood": 4}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        config = ScoreConfig(labels=True, out=str(out), **(small if quick else {}))
+        train_run(prepare(config), progress=False if quick else None)
+        made = open_run(out)
+    yield from results(rows_of(made, quick=quick), made.step)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.steering", description=__doc__)
+    parser.add_argument("run", type=Path, help="the folder of a run on digits with labels")
+    args = parser.parse_args()
+    made = open_run(args.run)
+    for result in results(rows_of(made), made.step):
+        print(result.to_line(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
