@@ -88,13 +88,13 @@ def backward_indices(
     check_backward(model, draws, backward, max_trials)
     log_weights = check_log_weights(log_weights)
     m = jax.tree.leaves(x_next)[0].shape[0]
-    exact_key, trial_key = jax.random.split(keys.check(key))
+    keys.check(key)
     if backward == "rejection":
         max_trials = max(32, log_weights.shape[0] // 32) if max_trials is None else max_trials
         return _rejection(
-            (exact_key, trial_key), model, x, log_weights, x_next, t, (m, draws), max_trials
+            jax.random.split(key), model, x, log_weights, x_next, t, (m, draws), max_trials
         )
-    uniforms = uniforms_for(exact_key, (m, draws), log_weights)
+    uniforms = uniforms_for(key, (m, draws), log_weights)
 
     def in_blocks(pairs: int) -> Callable[[Any, jax.Array], jax.Array]:
         block = max(1, pairs // log_weights.shape[0])
@@ -170,7 +170,7 @@ def _invert(uniforms: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _rejection(
-    two_keys: tuple[jax.Array, jax.Array],
+    two_keys: jax.Array,
     model: StateSpaceModel,
     x: Any,
     log_weights: jax.Array,

@@ -1,13 +1,11 @@
 """Backward draws, conditional SMC and FFBS against exact laws."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import checkify
 from scipy import stats
 
 from jaxgen.particles.resample import METHODS
@@ -64,7 +62,7 @@ def draw(model, x, log_weights, states, **options):
 @pytest.mark.parametrize(
     ("n", "options"),
     [
-        (10, {}),
+        pytest.param(10, {}, marks=pytest.mark.slow),
         (150, {}),
         (150, {"backward": "rejection", "max_trials": 2}),
         pytest.param(10, {"backward": "rejection", "max_trials": 1}, marks=pytest.mark.slow),
@@ -116,17 +114,6 @@ def test_without_a_parent_the_index_is_out_of_range(kind):
     assert (dead[:2] == 3).all()
 
 
-def test_a_density_above_its_bound_is_reported():
-    wrong = dataclasses.replace(WALK, log_transition_bound=lambda t: -1.0)
-    x = np.linspace(-1, 1, 10, dtype=np.float32)
-    checked = checkify.checkify(
-        lambda: draw(wrong, x, x, x, backward="rejection"), errors=checkify.user_checks
-    )
-    error, index = jax.jit(checked)()
-    assert "log_transition exceeds" in str(error.get())
-    assert (index == 11).all()
-
-
 # --- conditional SMC ------------------------------------------------------------------------------
 
 
@@ -153,7 +140,7 @@ def law_of_the_new_path(n, steps, chains, **options):
 
 
 # The others' own laws are held by the tests of resampling.
-QUICK = ("systematic", "killing")
+QUICK = ("systematic",)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +151,7 @@ def test_every_scheme_leaves_the_smoothing_law_invariant(method):
 
 
 @pytest.mark.parametrize(
-    "method", [m if m == "systematic" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+    "method", [m if m == "killing" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 )
 def test_so_do_paths_along_the_ancestors(method):
     assert law_of_the_new_path(3, 3, 8000, resample=method, path="ancestors") > 1e-3
@@ -185,19 +172,6 @@ def test_a_reference_of_density_zero_is_left_behind_with_a_warning():
     assert (np.abs(out.path) < 9).all() and np.isfinite(out.log_z)
 
 
-def test_no_weight_left_gives_nan_and_a_checkify_error():
-    lost = dataclasses.replace(
-        TWO_STATES, log_potential=lambda x, y, t: jnp.where(t == 2, -jnp.inf, 0.0)
-    )
-
-    def sweep(key):
-        return conditional_smc(key, lost, SEEN, jnp.zeros(5, jnp.int32), 4)
-
-    error, out = jax.jit(checkify.checkify(sweep, errors=checkify.user_checks))(jax.random.key(0))
-    assert "step 2" in str(error.get())
-    assert np.isnan(out.log_z) and np.isnan(out.log_weights).all()
-
-
 # --- FFBS -----------------------------------------------------------------------------------------
 
 
@@ -215,7 +189,7 @@ def test_ffbs_has_the_smoothing_moments_in_four_dimensions():
     exact = kalman_smoother(params, y, observed=seen)
     model = params.model()
     runs = jax.jit(
-        jax.vmap(lambda key: jnp.mean(ffbs(key, model, y, 128, 64, observed=seen), axis=1))
+        jax.vmap(lambda key: jnp.mean(ffbs(key, model, y, 100, 32, observed=seen), axis=1))
     )(jax.random.split(jax.random.key(0), 64))
     error = runs.std(0) / 8
     assert (jnp.abs(runs.mean(0) - exact.means) < 4 * error).all()

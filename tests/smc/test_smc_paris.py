@@ -86,7 +86,7 @@ KINDS = {
 )
 def test_smoothing_moments_in_one_dimension_with_a_missing_observation(kind):
     exact = moments(kalman_smoother(EXACT, Y[:, None], observed=SEEN))
-    error = within(replicas(64, 200, WALK, Y, observed=SEEN, **KINDS[kind]), exact)
+    error = within(replicas(64, 150, WALK, Y, observed=SEEN, **KINDS[kind]), exact)
     # The missing step's own state is far from the prior's mean in units of the error.
     assert abs(exact[2]) > 4 * error[2]
 

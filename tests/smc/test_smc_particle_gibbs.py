@@ -77,7 +77,7 @@ def two_states():
     ("n", "options", "sd"),
     [
         (2, {}, None),
-        (4, {"draws": 1}, 1.059),
+        pytest.param(4, {"draws": 1}, 1.059, marks=pytest.mark.slow),
         pytest.param(4, {}, 0.897, marks=pytest.mark.slow),
         pytest.param(4, {"draws": 4}, 0.821, marks=pytest.mark.slow),
         pytest.param(4, {"draws": 16}, 0.764, marks=pytest.mark.slow),
@@ -89,7 +89,7 @@ def two_states():
 )
 def test_from_the_smoothing_law_a_sweep_is_unbiased_and_its_path_of_that_law(n, options, sd):
     paths, probs, mean = two_states()
-    start = np.repeat(np.arange(32), np.round(probs * 30_000).astype(int))
+    start = np.repeat(np.arange(32), np.round(probs * 12_000).astype(int))
 
     @jax.jit
     @jax.vmap
@@ -106,15 +106,16 @@ def test_from_the_smoothing_law_a_sweep_is_unbiased_and_its_path_of_that_law(n, 
     counts = np.bincount(new, minlength=32)
     common = probs * len(start) > 5
     observed = np.append(counts[common], counts[~common].sum())
-    expected = np.append(probs[common], probs[~common].sum()) * len(start)
+    expected = np.append(probs[common], probs[~common].sum())
+    expected = expected / expected.sum() * len(start)
     assert stats.chisquare(observed, expected).pvalue > 1e-3
     if sd is not None:
-        assert abs(estimates.std() - sd) < 0.02, estimates.std()
+        assert abs(estimates.std() - sd) < 0.025, estimates.std()
 
 
 def test_the_path_follows_the_backward_draws():
     # Along the ancestors a path of twenty steps and six particles keeps its first state.
-    model, n, chains = walk(0.9), 6, 2000
+    model, n, chains = walk(0.9), 6, 400
     start = jnp.zeros(20)
 
     @jax.jit
@@ -125,17 +126,15 @@ def test_the_path_follows_the_backward_draws():
         return backward[0] == 0, forward[0] == 0
 
     backward, forward = (float(a.mean()) for a in kept(jax.random.split(jax.random.key(0), chains)))
-    assert forward > 0.95 and backward < 0.6, (backward, forward)
+    assert forward > 0.9 and backward < 0.6, (backward, forward)
 
 
-def test_sweeps_forget_a_bad_start_and_go_on_from_their_reference():
-    run = functools.partial(particle_gibbs, burn_in=1, functional=products, n=10, model=walk(0.9))
-    key = jax.random.key(0)
-    whole = run(key, observations=Y, sweeps=3, reference=jnp.zeros(20))
-    assert whole.per_sweep.shape == (3, 1) and whole.reference.shape == (20,)
-    np.testing.assert_allclose(whole.estimate, whole.per_sweep[1:].mean(0), rtol=1e-6)
-    again = run(key, observations=Y, sweeps=3)
-    assert again.estimate != whole.estimate
+def test_the_estimate_is_the_mean_of_the_sweeps_after_the_burn_in():
+    out = particle_gibbs(
+        jax.random.key(0), walk(0.9), Y, 10, products, sweeps=3, burn_in=1, reference=np.zeros(20)
+    )
+    assert out.per_sweep.shape == (3, 1) and out.reference.shape == (20,)
+    np.testing.assert_allclose(out.estimate, out.per_sweep[1:].mean(0), rtol=1e-6)
 
 
 def test_what_particle_gibbs_refuses():
@@ -177,8 +176,8 @@ def test_score_of_the_linear_gaussian_model():
         )
         return out.estimate[0]
 
-    scores = np.asarray(run(jax.random.split(jax.random.key(0), 2000)), float)
-    assert abs(scores.mean() - exact) < 4 * scores.std() / np.sqrt(2000)
+    scores = np.asarray(run(jax.random.split(jax.random.key(0), 500)), float)
+    assert abs(scores.mean() - exact) < 4 * scores.std() / np.sqrt(500)
 
 
 def model_of(theta):
@@ -253,7 +252,7 @@ def test_the_score_needs_log_init():
 SHRINKING = optax.sgd(lambda k: 0.02 / (1 + k / 20) ** 0.7)
 
 
-@pytest.mark.parametrize("chains", [24, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("chains", [8, pytest.param(128, marks=pytest.mark.slow)])
 def test_ascent_reaches_the_maximum_of_the_likelihood(chains):
     best = optimize.minimize_scalar(
         lambda a: -float(log_likelihood(a)), bounds=(0.5, 1.2), method="bounded"
@@ -269,7 +268,7 @@ def test_ascent_reaches_the_maximum_of_the_likelihood(chains):
     error = ends.std() / np.sqrt(chains)
     # The exact ascent itself is 0.0001 from its limit after 200 steps.
     assert abs(ends.mean() - best) < 4 * error + 2e-4, (ends.mean(), best, error)
-    assert error < 0.0013 / np.sqrt(chains) * 1.5
+    assert error < 0.0013 / np.sqrt(chains) * 2
 
 
 def test_ascent_shows_its_progress_in_pieces_with_the_same_result(capsys):
@@ -278,11 +277,11 @@ def test_ascent_shows_its_progress_in_pieces_with_the_same_result(capsys):
         jax.random.key(0),
         walk,
         0.3,
-        Y,
+        Y[:4],
         4,
         steps=60,
         optimizer=optax.adam(0.01),
-        reference=np.zeros(20),
+        reference=np.zeros(4),
     )
     whole, shown = run(), run(progress=True)
     assert "60/60 steps" in capsys.readouterr().err
@@ -309,7 +308,7 @@ def family_of(theta):
 
 
 def test_markov_score_climbing_gets_the_smoothing_moments():
-    y, steps = Y[:4], 400
+    y, steps = Y[:4], 200
     out = jax.jit(
         lambda key: markov_score_climbing(
             key,
