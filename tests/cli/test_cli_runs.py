@@ -384,6 +384,28 @@ def test_sample_a_label(digits, tmp_path):
     assert x.shape == (3, 8, 8, 1) and x.dtype == np.uint8 and x.max() <= 16
 
 
+def test_sample_by_steered_particles(digits, tmp_path, capsys):
+    out = tmp_path / "x.npz"
+    words = ["--steer", "guide=2", "--label", "3", "--particles", "4", "--steps", "3"]
+    assert main(["sample", str(digits), *words, "--n", "6", "--out", str(out)]) == 0
+    made = np.load(out)
+    assert made["x"].shape == (6, 8, 8, 1) and made["x"].dtype == np.uint8
+    assert made["ess"].shape == made["resampled"].shape == (2, 3)
+    assert (made["ess"] > 0.24).all() and (made["ess"] < 1.001).all()
+    assert (tmp_path / "x-steering.png").read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    assert "guide=2 of 3, 2 times 4 particles, weighted, 3 steps, 8 evaluations" in said
+
+
+@pytest.mark.slow
+def test_sample_annealed_points(moons, tmp_path, capsys):
+    words = ["--steer", "anneal=1.5", "--particles", "8", "--steps", "4", "--uncorrected"]
+    out = tmp_path / "x.png"
+    assert main(["sample", str(moons), *words, "--n", "8", "--out", str(out)]) == 0
+    assert out.exists() and (tmp_path / "x-steering.png").exists()
+    assert "without weights, 4 steps, 4 evaluations, resampled 0" in capsys.readouterr().out
+
+
 def test_evaluate_gives_the_same_figures_again(moons, capsys):
     before = figures_of(moons)
     assert main(["evaluate", str(moons)]) == 0
@@ -478,6 +500,13 @@ def test_commands_that_need_a_run(tmp_path, capsys):
         (("sample", "--out", "no/such/x.png"), "no/such"),
         (("sample", "--label", "1"), "--labels"),
         (("sample", "--guidance", "2"), "--label"),
+        (("sample", "--steer", "guide=2"), "needs a --label"),
+        (("sample", "--steer", "heat=2"), "anneal=NUMBER"),
+        (("sample", "--steer", "anneal"), "anneal=NUMBER"),
+        (("sample", "--steer", "anneal=-1"), "above 0"),
+        (("sample", "--steer", "anneal=2", "--solver", "ddim"), "leave out --solver"),
+        (("sample", "--steer", "anneal=2", "--particles", "1"), "--particles is 1"),
+        (("sample", "--uncorrected"), "--steer"),
         (("evaluate", "--n", "1"), "--n"),
         (("evaluate", "--solver", "best"), "heun"),
         (("sample", "--schedule", "none.json"), "jaxgen search"),

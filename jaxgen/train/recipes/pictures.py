@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["draw_comparison", "draw_curves", "draw_grid", "draw_points"]
+__all__ = ["draw_comparison", "draw_curves", "draw_grid", "draw_points", "draw_steering"]
 
 
 def _figure(width: float, height: float) -> Any:
@@ -130,4 +130,59 @@ def draw_comparison(path: Path, rows: Sequence[dict[str, Any]], reference: str) 
         axes.grid(alpha=0.3)
     axes.axhline(rows[0]["data_to_data"], color="gray", linestyle=":", label="data to data")
     axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_steering(
+    path: Path,
+    title: str,
+    levels: np.ndarray,
+    ess: np.ndarray,
+    resampled: np.ndarray,
+    history: np.ndarray,
+    shown_at: np.ndarray,
+) -> None:
+    """Steered particles on their way to the data, and the effective sample size under them.
+
+    Args:
+      path: the PNG file.
+      title: of the whole.
+      levels: noise levels of the steps, ``(steps,)``.
+      ess: shares of the particles, ``(populations, steps)``.
+      resampled: ``(populations, steps)``.
+      history: particles at some steps, ``(times, shown, h, w, c)`` in units of the data's range
+        [-1, 1] times the noise level's, or points ``(times, shown, 2)``.
+      shown_at: those steps, ``(times,)``.
+    """
+    figure = _figure(10.0, 7.0)
+    figure.suptitle(title)
+    above, below = figure.subplots(2, 1, height_ratios=(3, 2))
+    steps = np.arange(1, len(levels) + 1)
+    if history.ndim == 5:
+        # A column for each time, scaled to its noise so that there is something to see.
+        size = np.sqrt(1 + levels[shown_at] ** 2)[:, None, None, None, None]
+        columns = history / size
+        tiles = columns.transpose(1, 0, 2, 3, 4).reshape(-1, *history.shape[2:])
+        sheet = mosaic(np.clip((np.nan_to_num(tiles) + 1) / 2, 0, 1), len(shown_at))
+        gray = {"cmap": "gray", "vmin": 0, "vmax": 1} if sheet.shape[-1] == 1 else {}
+        above.imshow(sheet[..., 0] if gray else sheet, interpolation="nearest", **gray)
+        width = history.shape[3] + 1
+        above.set_xticks((np.arange(len(shown_at)) + 0.5) * width, [str(n + 1) for n in shown_at])
+        above.set_yticks([])
+    else:
+        flat = history.reshape(*history.shape[:2], -1)
+        for i in range(flat.shape[1]):
+            above.plot(shown_at + 1, flat[:, i, 0], marker=".", color=f"C{i % 10}")
+        above.set_ylabel("first coordinate")
+    above.set_xlabel("after step")
+    for own, when in zip(ess, resampled, strict=True):
+        below.plot(steps, own, color="C0", alpha=max(0.15, 1 / len(ess)))
+        below.plot(steps[when], own[when], "v", color="C3", markersize=4)
+    below.set_ylim(0, 1.05)
+    below.set_xlabel("step")
+    below.set_ylabel("effective share of particles")
+    above_level = below.twinx()
+    above_level.semilogy(steps, levels, color="gray", linestyle=":")
+    above_level.set_ylabel("sigma / alpha")
+    below.grid(alpha=0.3)
     _save(figure, path)
