@@ -203,7 +203,13 @@ def iscv_estimate(
 
 
 def optimal_mixture_weights(
-    alpha0: ArrayLike, r: ArrayLike, log_g: ArrayLike, log_h: ArrayLike, *, steps: int = 200
+    alpha0: ArrayLike,
+    r: ArrayLike,
+    log_g: ArrayLike,
+    log_h: ArrayLike,
+    *,
+    steps: int = 200,
+    tolerance: float = 0.0,
 ) -> jax.Array:
     """The shares ``alpha`` ``(J,)`` that minimise (2) over the simplex, by the multiplicative rule.
 
@@ -216,7 +222,8 @@ def optimal_mixture_weights(
         row of zeros leaves a point out.
       log_g: log-densities of the components at the points, ``(n, J)``.
       log_h: log-density that the points were drawn from, ``(n,)``.
-      steps: iterations.
+      steps: most iterations.
+      tolerance: stop when F is known to be within this share of its minimum.
 
     Returns:
       Shares that sum to 1; ``alpha0`` where all ``r`` are zero, NaN where one is.
@@ -251,15 +258,25 @@ def optimal_mixture_weights(
     # A share that is zero in the rounded sum, so that no point is left without a density.
     least = jnp.finfo(alpha.dtype).eps ** 2
 
-    def step(_: int, alpha: jax.Array) -> jax.Array:
-        q = alpha @ g
-        slope = g @ (c / q / q)
+    def goes_on(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        i, _, gap = carry
+        return (i < steps) & ~(gap <= tolerance)
+
+    def step(
+        carry: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        i, alpha, _ = carry
+        slope = g @ (c / (alpha @ g) ** 2)
         new = alpha * jnp.sqrt(slope)
         total = jnp.sum(new)
         new = jnp.where(total == 0, alpha, new / jnp.where(total == 0, 1.0, total))
-        return jnp.where(alpha > 0, jnp.maximum(new, least), new)
+        new = jnp.where(alpha > 0, jnp.maximum(new, least), new)
+        # F is convex and alpha @ slope is F: this share bounds F - min F before the step.
+        return i + 1, new, jnp.max(slope) / (alpha @ slope) - 1
 
-    return jax.lax.fori_loop(0, positive_int("steps", steps), step, alpha / jnp.sum(alpha))
+    steps = positive_int("steps", steps)
+    start = jnp.int32(0), alpha / jnp.sum(alpha), jnp.asarray(jnp.inf, alpha.dtype)
+    return jax.lax.while_loop(goes_on, step, start)[1]
 
 
 def delta_method(

@@ -87,6 +87,10 @@ _NO_MASS = (
 )
 
 
+# The variance as estimated need not be minimised further than it is known.
+_TOLERANCE = 1e-3
+
+
 class History(NamedTuple):
     """What each batch of adaptation had; rows after the stop are NaN.
 
@@ -329,7 +333,9 @@ def _next_proposal(plan: _Plan, key, state: _State, weights) -> Mixture:
         # The law's share is fixed, and shares sum to one: it counts as a part of each component.
         log_law = jnp.broadcast_to((log_bar - log_h)[:, None], log_g.shape)
         log_g = _with_law(plan, log_g, log_law)
-        alpha = optimal_mixture_weights(start, r, log_g, jnp.zeros_like(log_h))
+        alpha = optimal_mixture_weights(
+            start, r, log_g, jnp.zeros_like(log_h), tolerance=_TOLERANCE
+        )
     # So that a first batch without mass stays NaN.
     return components._replace(alpha=alpha + 0.0 * state.proposal.alpha)
 
@@ -453,8 +459,8 @@ def _columns(name: str, value: Any, x: jax.Array) -> jax.Array:
     return value.reshape(n, -1).astype(x.dtype)
 
 
-def _weights(plan: _Plan, weights: jax.Array | None, y: jax.Array, log_f: jax.Array) -> jax.Array:
-    """The weights ``(J,)``, after a look at whether J is the same everywhere."""
+def _expectations(plan: _Plan, weights: jax.Array | None, y: jax.Array, log_f: jax.Array) -> int:
+    """J, after a look at whether it is the same everywhere."""
     shapes = {"phi": y.shape[1], "log_f": log_f.shape[1]}
     j = max(shapes.values()) if weights is None else weights.shape[0]
     for name, columns in shapes.items():
@@ -463,15 +469,13 @@ def _weights(plan: _Plan, weights: jax.Array | None, y: jax.Array, log_f: jax.Ar
                 f"{name} returned {columns} columns for J = {j} expectations; expected 1 or {j}"
             )
     if max(shapes.values()) != j:
-        raise ValueError(
-            f"weights has length {j}, but phi and log_f have {max(shapes.values())} columns"
-        )
+        raise ValueError(f"weights has length {j}, but phi and log_f have one column; expected 1")
     if plan.size <= j:
         raise ValueError(
             f"budget {plan.budget} gives batches of {plan.size} points; expected more than J = {j} "
             "in each"
         )
-    return jnp.ones((j,), y.dtype) if weights is None else weights.astype(y.dtype)
+    return j
 
 
 def _check_values(y: jax.Array, log_f: jax.Array) -> None:
@@ -489,6 +493,7 @@ def _run(key, weights, phi, log_f, sample_f, plan: _Plan, progress: bool) -> Exp
 
     def evaluate(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         y, logs = _columns("phi", phi(x), x), _columns("log_f", log_f(x), x)
+        _expectations(plan, weights, y, logs)
         _check_values(y, logs)
         return y, logs
 
@@ -500,7 +505,9 @@ def _run(key, weights, phi, log_f, sample_f, plan: _Plan, progress: bool) -> Exp
 
     x = _points(sample_f(jax.random.fold_in(key_x, 0), plan.size), plan.size, plan)
     first = (x, *evaluate(x))
-    weights = _weights(plan, weights, *first[1:])
+    if weights is None:
+        weights = jnp.ones((_expectations(plan, None, *first[1:]),), x.dtype)
+    weights = weights.astype(x.dtype)
     tick(jnp.asarray(0))
 
     def step(state: _State, k: jax.Array) -> tuple[_State, Any]:
@@ -555,8 +562,8 @@ def _run_host(
             points = np.asarray(x)
             logs = _columns("log_f", log_f(points), x)
             y = jnp.asarray(np.concatenate(list(values(points))))
-            if k == 0:
-                weights = _weights(plan, weights, y, logs)
+            j = _expectations(plan, weights, y, logs)
+            weights = jnp.ones((j,), x.dtype) if weights is None else weights.astype(x.dtype)
             _refuse(points, y, logs, is_first=k == 0)
             records.append((x, y, logs))
             if k == 0:
