@@ -34,21 +34,21 @@ def carrying(model):
     return with_lag(with_functional(model, product, lambda x: x[0] ** 2), LAG)
 
 
-@pytest.fixture(scope="module", params=[1.0, 0.5])
-def runs(request):
-    model = WALK.model(proposal="optimal", auxiliary=request.param == 1)
+@pytest.fixture(scope="module")
+def runs():
+    model = WALK.model(proposal="optimal", auxiliary=True)
     f = functools.partial(
         particle_filter,
         jax.random.key(0),
         observations=Y,
         n=N,
-        ess_threshold=request.param,
+        ess_threshold=0.7,
         observed=jnp.arange(STEPS) % 7 != 3,
     )
     both = jax.jit(
         lambda: (
             f(model=model, store="all"),
-            f(model=model, store=STEPS * N),
+            f(model=model, store=STEPS * N // 2),
             f(model=carrying(model), functions=lambda p: p.x.statistic),
         )
     )
@@ -110,6 +110,7 @@ def test_a_full_tree_gives_nan():
     assert np.isnan(fits.paths(3)[0]).all()
 
 
+@pytest.mark.slow
 def test_memory_is_bounded():
     # 300 steps in a buffer of a tenth of all particles.
     steps, n = 300, 64
@@ -121,6 +122,7 @@ def test_memory_is_bounded():
     assert np.isfinite(jax.jit(lambda tree: tree.paths(steps))(tree)).all()
 
 
+@pytest.mark.slow
 def test_fixed_lag_smoothing_mean():
     # At the last step: the mean of x_{T-1-lag} given all observations.
     y, lag = Y[:8], 2

@@ -79,30 +79,31 @@ def oscillator(path):
     return diffrax.MultiTerm(drift, spread)
 
 
+@pytest.mark.slow
 def test_euler_steps_approach_the_exact_filter():
     exact = linear_sde(*(v.astype(np.float32) for v in (A, B)), TIMES, *map(jnp.asarray, FIRST),
                        drift_offset=PUSH)  # fmt: skip
     log_z = float(kalman_filter(exact, Y).log_z)
     base = exact.model()
     errors = []
-    for substeps in (1, 24):
+    for substeps in (1, 16):
         model = sde_model(oscillator, TIMES, init=base.init, log_potential=base.log_potential,
                           substeps=substeps, noise_shape=(1,))  # fmt: skip
-        f = jax.jit(jax.vmap(lambda key, m=model: particle_filter(key, m, Y, 64).log_z))
+        f = jax.jit(jax.vmap(lambda key, m=model: particle_filter(key, m, Y, 32).log_z))
         ratio = np.exp(np.asarray(f(jax.random.split(jax.random.key(0), 200))) - log_z)
         errors.append((ratio.mean() - 1, ratio.std() / 200**0.5))
-    # One step a transition is far off; with 24 a bias of first order is left, below 3 per cent.
+    # One step a transition is far off; with 16 a bias of first order is left, below 4 per cent.
     assert abs(errors[0][0]) > 8 * errors[0][1] and abs(errors[0][0]) > 0.1
-    assert abs(errors[1][0]) < 4 * errors[1][1] + 0.03
+    assert abs(errors[1][0]) < 4 * errors[1][1] + 0.04
 
 
 def test_exact_transitions_in_the_filter():
     exact = linear_sde(*(v.astype(np.float32) for v in (A, B)), TIMES, *map(jnp.asarray, FIRST),
                        drift_offset=PUSH)  # fmt: skip
     log_z = float(kalman_filter(exact, Y).log_z)
-    f = jax.jit(jax.vmap(lambda key: particle_filter(key, exact.model(), Y, 100).log_z))
-    ratio = np.exp(np.asarray(f(jax.random.split(jax.random.key(1), 1000))) - log_z)
-    assert abs(ratio.mean() - 1) < 4 * ratio.std() / 1000**0.5
+    f = jax.jit(jax.vmap(lambda key: particle_filter(key, exact.model(), Y, 32).log_z))
+    ratio = np.exp(np.asarray(f(jax.random.split(jax.random.key(1), 500))) - log_z)
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / 500**0.5
 
 
 def bistable(path):
