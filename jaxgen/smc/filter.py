@@ -565,7 +565,8 @@ def particle_filter(
       observed: bool ``(steps,)``, false where the observation is missing. Its value is then
         ignored (write any finite number), the transition is drawn from, and no weight changes.
       functions: what to average over the weighted particles at each step: ``f(x)`` of one
-        particle, returning any pytree of arrays, or a pytree of such functions.
+        particle, returning any pytree of arrays, or a pytree of such functions. As with the
+        model, a function made anew compiles anew.
       store: ``"all"`` keeps every step's particles and ancestors, ``steps x n``; ``"tree"`` only
         those with descendants at the end, in a buffer of about ``steps + 3 n log n`` (an integer
         is another size of that buffer; see ``genealogy``); ``None`` nothing.
