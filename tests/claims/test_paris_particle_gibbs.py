@@ -2,19 +2,22 @@
 
 The claim: the bias of the sweeps' estimates falls geometrically, where PaRIS's falls as 1 / n.
 
-Enumerable model, two states, five steps, n = 4, two draws. Bias of PaRIS and of sweeps 1 to 5 that
-start from its path; 400,000 chains, truth 2.1956 by enumeration:
+Two states, five steps, n = 4, two draws; truth 2.1956 by enumeration. Bias of PaRIS and of sweeps 1
+to 5 that start from its path, 400,000 chains (standard error 0.0015), and the ratios by the sweep's
+own kernel, which the test takes (standard error 0.005 to 0.01):
 
-FIGURES_HMM
+    PaRIS -0.410    sweeps -0.211 -0.098 -0.043 -0.021 -0.007    ratios 0.518 0.462 0.437 0.426
 
-Linear-Gaussian model, twenty steps, truth 21.0820 by the Kalman smoother; 20,000 chains, each with
-its standard error:
+Linear-Gaussian, twenty steps, n = 10; truth 21.0820 by the Kalman smoother (21.0803 is known for
+these observations before rounding). 20,000 chains, standard error 0.012, PaRIS's 0.016:
 
-FIGURES_LG
+    PaRIS -0.881    sweeps -0.293 -0.130 -0.049 -0.037 -0.030 -0.004 -0.018 -0.013
 
-At equal work the two tie at first: two sweeps of 10 (with the run that starts them, 20 particles a
-step) against PaRIS with 20, and the mean of sweeps 3 and 4 against PaRIS with 50. The gap opens with
-the budget: FIGURES_WORK.
+At equal work the two tie at first. One sweep with the run that starts it is the work of PaRIS with
+20 particles: -0.293 against -0.322 (0.010). Sweeps 3 and 4 are that of 50: their mean -0.043
+(0.009) against -0.104 (0.006). Sweeps 5 to 8 are that of 90: -0.016 (0.007) against -0.059 (0.004);
+from there on PaRIS's bias falls as 1 / n only. (Work counts particles; the exact backward pass
+costs their square, so that in densities PaRIS with 90 pays nine times more.)
 """
 
 import functools
@@ -228,4 +231,4 @@ def test_at_equal_work_they_tie_and_then_part():
     print("PaRIS 20, 50, 90", rivals, "sweeps 3-4", middle, "sweeps 5-8", late)
     assert abs(after[0] - rivals[20][0]) < 0.1
     assert abs(middle[0] - rivals[50][0]) < 0.1
-    assert abs(late[0]) < 3 * late[1]
+    assert abs(late[0]) + 2 * late[1] < abs(rivals[90][0])

@@ -151,10 +151,11 @@ def test_every_scheme_leaves_the_smoothing_law_invariant(method):
 
 
 @pytest.mark.parametrize(
-    "method", [m if m == "killing" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+    "method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 )
 def test_so_do_paths_along_the_ancestors(method):
-    assert law_of_the_new_path(3, 3, 8000, resample=method, path="ancestors") > 1e-3
+    # The sharper of the two: a scheme that is not conditioned shows here at once.
+    assert law_of_the_new_path(3, 3, 30_000, resample=method, path="ancestors") > 1e-3
 
 
 @pytest.mark.slow

@@ -106,7 +106,6 @@ def test_smoothing_moments_in_four_dimensions(proposal):
 
 
 def test_conditional_sweep_with_a_guided_proposal_is_unbiased_from_the_smoothing_law():
-    # The reference's own weight holds m / r of its last state, which slot 0's parent must be.
     params = linear_gaussian(np.zeros(1), EYE, 0.9 * EYE, 0.25 * EYE, EYE, 0.25 * EYE)
     y, steps, count = Y[:4, None], 4, 4000
     exact = kalman_smoother(params, y)
@@ -124,9 +123,9 @@ def test_conditional_sweep_with_a_guided_proposal_is_unbiased_from_the_smoothing
     # A proposal that is wrong on purpose: the weights must put it right.
     model = dataclasses.replace(
         params.model(),
-        propose=lambda key, x, y, t: 0.5 * (x + y) + 0.7 * jax.random.normal(key, (1,)),
+        propose=lambda key, x, y, t: y - 0.3 * x + 0.7 * jax.random.normal(key, (1,)),
         log_propose=lambda x, x_next, y, t: (
-            -0.5 * jnp.sum(((x_next - 0.5 * (x + y)) / 0.7) ** 2) - jnp.log(0.7)
+            -0.5 * jnp.sum(((x_next - y + 0.3 * x) / 0.7) ** 2) - jnp.log(0.7)
         ),
     )
     functional = functools.partial(each_step, steps=steps)
@@ -141,6 +140,25 @@ def test_conditional_sweep_with_a_guided_proposal_is_unbiased_from_the_smoothing
     within(out.estimate, moments(exact))
     within(out.path[:, :, 0], means[:, 0])
     np.testing.assert_allclose(out.path[:, :, 0].var(0), covs[:, 0, 0], rtol=0.12)
+
+
+def test_the_references_weight_comes_from_its_own_last_state():
+    model = dataclasses.replace(
+        WALK,
+        propose=lambda key, x, y, t: y - 0.3 * x + 0.7 * jax.random.normal(key),
+        log_propose=lambda x, x_next, y, t: -0.5 * ((x_next - y + 0.3 * x) / 0.7) ** 2,
+    )
+    z, y = np.float32([2.0, 1.5]), Y[:2]
+    out = jax.vmap(
+        lambda key: conditional_paris(key, model, y, z, 4, total, observed=np.array([False, True]))
+    )(jax.random.split(jax.random.key(0), 5))
+    exact = (
+        model.log_potential(z[1], y[1], 1)
+        + model.log_transition(z[0], z[1], 1)
+        - model.log_propose(z[0], z[1], y[1], 1)
+    )
+    # Undoes the scaling; the first step, without an observation, has no weight.
+    np.testing.assert_allclose(out.log_weights[:, 0] + out.log_z, np.full(5, exact), rtol=1e-4)
 
 
 # --- variance -------------------------------------------------------------------------------------

@@ -176,8 +176,8 @@ def test_score_of_the_linear_gaussian_model():
         )
         return out.estimate[0]
 
-    scores = np.asarray(run(jax.random.split(jax.random.key(0), 500)), float)
-    assert abs(scores.mean() - exact) < 4 * scores.std() / np.sqrt(500)
+    scores = np.asarray(run(jax.random.split(jax.random.key(0), 2000)), float)
+    assert abs(scores.mean() - exact) < 4 * scores.std() / np.sqrt(2000)
 
 
 def model_of(theta):
@@ -350,7 +350,7 @@ def test_stochastic_volatility_is_learned_as_by_a_grid():
     # The grid's filter on 400 points is exact to five digits: its likelihood is the long run.
     rng = np.random.default_rng(0)
     x, returns = rng.normal(), []
-    for _ in range(300):
+    for _ in range(200):
         returns.append(0.8 * np.exp(x / 2) * rng.normal())
         x = 0.9 * x + 0.5 * rng.normal()
     y = np.float32(returns)
@@ -370,7 +370,7 @@ def test_stochastic_volatility_is_learned_as_by_a_grid():
         return -total
 
     best = optimize.minimize(minus_log_likelihood, [1.0, -1.0, 0.0], method="Nelder-Mead").x
-    chains, steps = 8, 400
+    chains, steps = 6, 300
     run = jax.jit(
         jax.vmap(
             lambda key: (
