@@ -56,7 +56,6 @@ from jaxgen.core.arrays import (
     cast_coefficient,
     event_size,
     sum_event,
-    varying_zeros,
 )
 from jaxgen.particles.resample import METHODS, maybe_resample
 from jaxgen.particles.weights import ess, log_mean_exp
@@ -191,8 +190,9 @@ def _begin(
 
 
 def _like_particles(weights: jax.Array, y: jax.Array) -> jax.Array:
-    """Weights that vary over the mesh axes that the particles do."""
-    return weights + varying_zeros(weights.shape, weights.dtype, y)
+    """Weights laid out, and varying over mesh axes, as the particles are."""
+    # Never taken, but what follows depends on y all the same.
+    return weights + jnp.where(False, sum_event(y), 0.0).astype(weights.dtype)
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -336,8 +336,9 @@ def feynman_kac(
       window: ``(low, high)``: times within which particles are resampled; always if ``None``.
       noise: z >= 0; 1 is safe for every target, more lowers the variance of the weights and needs
         more steps. Warns at or below 1 - 1/B (module docstring).
-      weights: ``"trapezoid"``; ``"left"`` (more bias); ``"density"``, with ``log_probs``, which is
-        unbiased for ``exp(log_z)`` at any step size; ``"none"`` for the uncorrected sampler.
+      weights: ``"trapezoid"``; ``"left"`` (more bias); ``"density"``, with ``log_probs``, for which
+        ``exp(log_z)`` is unbiased at any step size, and of finite variance where every step keeps
+        more than about half of (sigma/alpha)^2; ``"none"`` for the uncorrected sampler.
       prediction: what the fields predict, one kind or one for each.
       grid: see ``sample``; the first time must have alpha > 0, the last sigma > 0. Weights that are
         spent where all is noise are wasted: start no higher than needed.
@@ -527,18 +528,19 @@ def _blank(run: Run, y: jax.Array) -> Pending | None:
     """The pending step before the first one."""
     if not run.waits:
         return None
-    n = y.shape[0]
+    none = _like_particles(jnp.zeros(y.shape[:1], y.dtype), y)
 
-    def zeros(is_used: bool, *more: int) -> jax.Array | None:
-        return varying_zeros((n, *more), y.dtype, y) if is_used else None
+    def zeros(is_used: bool) -> jax.Array | None:
+        return none if is_used else None
 
     if run.weights == "density":
         return Pending(None, None, None, None, jnp.zeros_like(y), zeros(True))
     by_fields = not run.by_potential
+    has_logs = by_fields and run.target.is_varying
     has_reward = by_fields and run.target.reward is not None
     return Pending(
         zeros(True),
-        zeros(by_fields and run.target.is_varying, len(run.target.fields)),
+        jnp.stack([none] * len(run.target.fields), -1) if has_logs else None,
         zeros(has_reward),
         zeros(has_reward),
         None,

@@ -81,8 +81,8 @@ def sobol_from_expectations(mean: ArrayLike) -> jax.Array:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> sobol_from_expectations(jnp.array([1.2, 1.8, 1.0, 2.0]))
-      Array([0.2, 0.8], dtype=float32)
+      >>> sobol_from_expectations(jnp.array([1.25, 1.75, 1.0, 2.0]))
+      Array([0.25, 0.75], dtype=float32)
     """
     mean = floating("mean", mean)
     if mean.ndim != 1 or mean.shape[0] < 3:

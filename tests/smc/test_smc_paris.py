@@ -82,7 +82,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize(
-    "kind", [k if k == "rejection" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+    "kind", [k if k == "exact" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
 )
 def test_smoothing_moments_in_one_dimension_with_a_missing_observation(kind):
     exact = moments(kalman_smoother(EXACT, Y[:, None], observed=SEEN))
@@ -102,7 +102,7 @@ def plane():
 def test_smoothing_moments_in_four_dimensions(proposal):
     params, y = plane(), np.random.default_rng(1).normal(size=(6, 2)).astype(np.float32)
     exact = moments(kalman_smoother(params, y))
-    within(replicas(64, 100, params.model(proposal=proposal), y), exact)
+    within(replicas(48, 64, params.model(proposal=proposal), y), exact)
 
 
 def test_conditional_sweep_with_a_guided_proposal_is_unbiased_from_the_smoothing_law():
@@ -167,7 +167,7 @@ def test_the_references_weight_comes_from_its_own_last_state():
 @pytest.mark.parametrize("draws", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_variance_is_linear_in_time_where_the_genealogys_is_quadratic(draws):
     # No more steps than particles: beyond, all ancestors have met and one path is left.
-    n, times, count = 64, np.array([8, 16, 32, 64]), 160
+    n, times, count = 48, np.array([6, 12, 24, 48]), 120
     model = dataclasses.replace(WALK, log_potential=lambda x, y, t: -0.5 * (y - x) ** 2)
     y = jnp.zeros(times[-1])
     lifted = with_functional(model, total)
@@ -191,7 +191,7 @@ def test_variance_is_linear_in_time_where_the_genealogys_is_quadratic(draws):
     both = run(jax.random.split(jax.random.key(0), count))
     variances = [np.asarray(estimates, float).var(0) for estimates in both]
     ours, theirs = (np.polyfit(np.log(times), np.log(v), 1)[0] for v in variances)
-    # A variance is known to sqrt(2 / 160) = 11 %, the slope over eight times the length to 0.07.
+    # A variance is known to sqrt(2 / 120) = 13 %, the slope over eight times the length to 0.08.
     # PaRIS's last doubling is at 1.08 to 1.2 (the first steps have less to lose).
     assert 1.7 < theirs < 2.4, (ours, theirs)
     assert (0.8 < ours < 1.5) if draws == 2 else (1.6 < ours < 2.4), (ours, theirs)
@@ -227,12 +227,12 @@ def test_log_z_is_unbiased_and_particles_may_be_trees():
     run = jax.jit(
         jax.vmap(lambda key: paris(key, tree, Y, 20, lambda p, q, t: q["x"][None], path=True))
     )
-    out = run(jax.random.split(jax.random.key(0), 2000))
+    out = run(jax.random.split(jax.random.key(0), 1000))
     exact = kalman_smoother(EXACT, Y[:, None]).log_z
     within(np.exp(out.log_z - exact)[:, None], 1.0)
     assert (np.asarray(out.path["steps"]) == np.arange(6)).all()
     compiled = run._cache_size()
-    run(jax.random.split(jax.random.key(1), 2000))
+    run(jax.random.split(jax.random.key(1), 1000))
     assert run._cache_size() == compiled
 
 
@@ -251,23 +251,17 @@ def test_no_gradient_goes_through_the_sampler():
 # --- bad input and bad luck -----------------------------------------------------------------------
 
 
-def test_values_that_fail_give_nan_and_a_checkify_error():
+def test_no_weight_left_gives_nan_and_a_checkify_error():
     lost = dataclasses.replace(
         WALK, log_potential=lambda x, y, t: jnp.where(t == 2, -jnp.inf, 0.0) + 0 * x
     )
-    high = dataclasses.replace(WALK, log_transition_bound=lambda t: -2.0)
-    for model, options, message in (
-        (lost, {}, "step 2"),
-        (high, {"backward": "rejection"}, "exceeds"),
-    ):
 
-        def run(key, model=model, options=options):
-            return paris(key, model, Y, 10, total, **options)
+    def run(key):
+        return paris(key, lost, Y, 10, total)
 
-        checked = checkify.checkify(run, errors=checkify.user_checks)
-        error, out = jax.jit(checked)(jax.random.key(0))
-        assert message in str(error.get())
-        assert np.isnan(out.estimate).all()
+    error, out = jax.jit(checkify.checkify(run, errors=checkify.user_checks))(jax.random.key(0))
+    assert "step 2" in str(error.get())
+    assert np.isnan(out.estimate).all() and np.isnan(out.log_z)
 
 
 def test_a_particle_of_weight_zero_needs_no_parent():
