@@ -561,6 +561,24 @@ def test_particles_split_over_devices(key):
         np.testing.assert_allclose(getattr(many, name), getattr(one, name), rtol=1e-4, atol=1e-4)
 
 
+@SLOW
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_particles_that_are_laid_out_on_a_mesh(key, kind):
+    @jax.jit
+    def go(key, x):
+        return feynman_kac(key, [(PLANE.noise, 2.0)], EDM, (64, 2), grid=SHORT, init=x)
+
+    x = 4 * jax.random.normal(jax.random.key(1), (64, 2))
+    expected = go(key, x)
+    assert expected.resampled.any()
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    with jax.set_mesh(mesh):
+        out = go(key, jax.device_put(x, jax.NamedSharding(mesh, jax.P("d"))))
+    assert out.x.sharding.spec[0] == "d"
+    np.testing.assert_array_equal(out.resampled, expected.resampled)
+    np.testing.assert_allclose(np.asarray(out.x), expected.x, rtol=1e-5, atol=1e-5)
+
+
 STATIC = ("weights", "resample", "prediction", "steps", "grid")
 
 
