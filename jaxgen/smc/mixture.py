@@ -178,8 +178,8 @@ def em_fit(
     """A mixture of ``k`` Gaussians near weighted points in Kullback-Leibler: weighted EM.
 
     Starts from ``k`` points drawn far apart in the metric of the overall covariance C. Each
-    covariance has a prior worth d + 2 points at C / k^(2/d); a component that loses its mass
-    becomes the overall Gaussian with a small share.
+    covariance has a prior worth one point at C / k^(2/d); a component that loses its mass becomes
+    the overall Gaussian with a small share.
 
     Args:
       key: typed key, for the start.
@@ -212,7 +212,7 @@ def em_fit(
     )
     log_p = jax.nn.log_softmax(log_w)
     size = 1 / jnp.sum(jnp.exp(2 * log_p))
-    part_cov, part_size = whole.cov / k ** (2 / d), d + 2.0
+    part_cov = whole.cov / k ** (2 / d)
 
     def fitted(log_share: jax.Array) -> GaussianMixture:
         """The M-step, ``log_share`` ``(n, k)`` being log r_nk."""
@@ -223,7 +223,7 @@ def em_fit(
             jnp.where(alive[None], joint, log_p[:, None]).T
         )
         points = jnp.where(alive, total * size, 0.0)[:, None, None]
-        mixed = (points * fit.cov + part_size * part_cov[None]) / (points + part_size)
+        mixed = (points * fit.cov + part_cov[None]) / (points + 1)
         covs = jnp.where(alive[:, None, None], mixed, whole.cov[None])
         log_weights = jnp.log(jnp.where(alive, total, 1e-3 / size))
         return GaussianMixture(jax.nn.log_softmax(log_weights), fit.mean, covs)
