@@ -342,8 +342,6 @@ def run_events(key, scale, extra):
             LOG_F,
             SAMPLE_F,
             1500,
-            family="mixture",
-            inner=2,
             defensive=0.1,
         )
 
