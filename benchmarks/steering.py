@@ -6,6 +6,20 @@ the accuracy of a classifier at the class asked for, and the Frechet distance to
 in its features; the note has the spread within classes as a share of the data's.
 
 ``python -m benchmarks.steering RUN`` measures a run that is there.
+
+What is right is not always what looks best. The target at scale w is q_u^(1-w) q_c^w, which from w =
+2 on favours digits that the unconditional network finds unlikely; the weights seek these, as far as
+two networks can tell them apart, and 64 particles are few for it (1200 steps, seed 0):
+
+    scale   accuracy          Frechet distance    spread within classes
+            with    without   with     without    with    without
+    1       0.991   0.991      1.15    1.15       0.92    0.92
+    1.5     1.000   0.998      2.28    1.55       0.93    0.88
+    2       1.000   1.000      7.81    1.92       0.72    0.86
+    3       0.909   1.000     19.5     2.30       0.42    0.85
+
+Real digits have a distance of 2.22 to as many others. At 1.5 the weights give back the spread that
+guidance takes; beyond, a population comes from a few ancestors.
 """
 
 import argparse

@@ -599,7 +599,7 @@ def _drive(
             done = _settle(run, often, key_resample, n + 1, y, log_weights)
             y, log_weights = done.tree, done.log_weights
         if tick is not None:
-            tick(jnp.minimum(n, steps - 1))
+            tick(n - 1 if run.waits else n)
         told = done.ess, done.resampled, done.ancestors, seen
         return (y, log_weights, log_z + done.gain, pending), told
 
