@@ -165,7 +165,8 @@ def denoise(
       >>> sde = process.edm(0.01, 50.0)
       >>> field = score.closed_form.gaussian(sde, jnp.zeros(2), 1.0).noise
       >>> start = Start(jnp.ones((5, 3, 2)), jnp.full((5, 3), 0.4))
-      >>> out = denoise(jax.random.key(0), start, field, sde, steps=3)
+      >>> run = jax.jit(lambda key: denoise(key, start, field, sde, steps=3))
+      >>> out = run(jax.random.key(0))
       >>> out.x.shape, out.nfe.tolist()
       ((5, 3, 2), [7, 7, 7, 7, 7])
     """
@@ -359,9 +360,10 @@ def denoising_mcmc(
       >>> from jaxgen import mcmc, process, score
       >>> sde, grid = process.edm(0.01, 50.0), mcmc.denoising_gibbs.levels(0.01, 50.0, 100)
       >>> law = score.closed_form.gaussian(sde, jnp.zeros(2), 1.0)
-      >>> out = denoising_mcmc(
-      ...     jax.random.key(0), law.noise, sde, lambda x: law.level_log_prob(x, grid), grid,
-      ...     (3, 2), step_size=0.5, skip=2, draws=5, steps=3)
+      >>> run = jax.jit(lambda key: denoising_mcmc(
+      ...     key, law.noise, sde, lambda x: law.level_log_prob(x, grid), grid,
+      ...     (3, 2), step_size=0.5, skip=2, draws=5, steps=3))
+      >>> out = run(jax.random.key(0))
       >>> out.x.shape, int(out.nfe)  # 38 + 20, 5 * 2, 5 * 6, 5
       ((5, 3, 2), 103)
     """

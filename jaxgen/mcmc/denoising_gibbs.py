@@ -170,8 +170,10 @@ def step(
       >>> sde, grid = process.edm(0.01, 50.0), levels(0.01, 50.0, 100)
       >>> law = score.closed_form.gaussian(sde, jnp.zeros(2), 1.0)
       >>> state = GibbsState(jnp.ones((3, 2)), jnp.full(3, 50))
-      >>> state = step(jax.random.key(0), state, law.noise, sde,
-      ...              lambda x: law.level_log_prob(x, grid), grid, step_size=0.5)
+      >>> sweep = jax.jit(lambda key, state: step(
+      ...     key, state, law.noise, sde, lambda x: law.level_log_prob(x, grid), grid,
+      ...     step_size=0.5))
+      >>> state = sweep(jax.random.key(0), state)
       >>> state.x.shape, state.level.shape
       ((3, 2), (3,))
     """

@@ -33,7 +33,7 @@ class Classifier(nn.Module):
         >>> import jax, jax.numpy as jnp
         >>> net = Classifier(num_classes=10, widths=(8,), feature_size=16)
         >>> x = jnp.ones((4, 8, 8, 1))
-        >>> variables = net.init(jax.random.key(0), x)
+        >>> variables = jax.jit(net.init)(jax.random.key(0), x)
         >>> net.apply(variables, x).shape
         (4, 10)
         >>> net.apply(variables, x, method="features").shape

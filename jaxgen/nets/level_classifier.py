@@ -28,7 +28,7 @@ class LevelClassifier(nn.Module):
         >>> import jax, jax.numpy as jnp
         >>> net = LevelClassifier(n_levels=100, widths=(8, 16))
         >>> x = jnp.ones((4, 8, 8, 1))
-        >>> net.apply(net.init(jax.random.key(0), x), x).shape
+        >>> jax.jit(net.init_with_output)(jax.random.key(0), x)[0].shape
         (4, 100)
     """
 
@@ -72,7 +72,7 @@ class LevelMLP(nn.Module):
         >>> import jax, jax.numpy as jnp
         >>> net = LevelMLP(n_levels=100, widths=(32,))
         >>> x = jnp.ones((4, 2))
-        >>> net.apply(net.init(jax.random.key(0), x), x).shape
+        >>> jax.jit(net.init_with_output)(jax.random.key(0), x)[0].shape
         (4, 100)
     """
 

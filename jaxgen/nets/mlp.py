@@ -31,7 +31,7 @@ class MLP(nn.Module):
         >>> import jax, jax.numpy as jnp
         >>> net = MLP(width=32, depth=2)
         >>> x, t = jnp.ones((4, 2)), jnp.full((4,), 0.5)
-        >>> variables = net.init(jax.random.key(0), x, t)
+        >>> variables = jax.jit(net.init)(jax.random.key(0), x, t)
         >>> net.apply(variables, x, t).shape
         (4, 2)
     """

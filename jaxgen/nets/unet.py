@@ -81,8 +81,8 @@ class UNet(nn.Module):
         >>> import jax, jax.numpy as jnp
         >>> net = UNet(width=8, channel_mults=(1, 2), num_classes=10)
         >>> x, t = jnp.ones((4, 8, 8, 1)), jnp.full((4,), 0.5)
-        >>> variables = net.init(jax.random.key(0), x, t)
-        >>> net.apply(variables, x, t, label=jnp.arange(4)).shape
+        >>> variables = jax.jit(net.init)(jax.random.key(0), x, t)
+        >>> jax.jit(net.apply)(variables, x, t, label=jnp.arange(4)).shape
         (4, 8, 8, 1)
     """
 

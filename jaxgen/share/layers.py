@@ -58,7 +58,7 @@ class HashedDense(nn.Module):
 
     Example:
         >>> layer = HashedDense(32, budget=0.25)
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((4, 64)))
+        >>> variables = jax.jit(layer.init)(jax.random.key(0), jnp.ones((4, 64)))
         >>> variables["params"]["pool"].shape, layer.apply(variables, jnp.ones((4, 64))).shape
         ((512,), (4, 32))
     """
@@ -102,7 +102,7 @@ class HashedEmbed(nn.Module):
 
     Example:
         >>> layer = HashedEmbed(1000, 16, budget=0.01)
-        >>> variables = layer.init(jax.random.key(0), jnp.array([3, 999]))
+        >>> variables = jax.jit(layer.init)(jax.random.key(0), jnp.array([3, 999]))
         >>> variables["params"]["pool"].shape, layer.apply(variables, jnp.array([3, 999])).shape
         ((160,), (2, 16))
     """
@@ -172,7 +172,7 @@ class HashedConv(nn.Module):
 
     Example:
         >>> layer = HashedConv(16, (3, 3), budget=0.1)
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 8, 8, 3)))
+        >>> variables = jax.jit(layer.init)(jax.random.key(0), jnp.ones((2, 8, 8, 3)))
         >>> variables["params"]["pool"].shape
         (43,)
     """
