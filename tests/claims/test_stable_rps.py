@@ -165,22 +165,22 @@ def mask_of(method, m, seed):
 
 
 @functools.cache
-def score(method, compression, seed):
+def score(method, compression, seed, steps=STEPS):
     """Test accuracy in per cent."""
     key, params = start(seed)
     m = round(WEIGHTS / compression)
     if method == "smaller":
         width = nets.width_for_budget(lambda w: init(key, (64, w, w, 10)), m)
         _, params = start(seed, (64, width, width, 10))
-        weights = train_masked(key, params, whole(params))
+        weights = train_masked(key, params, whole(params), steps)
     elif method == "rewinding":
         mask, params = prune.rewind(key, rewinding_round, params, m, rate=0.5, progress=False)
-        weights = train_masked(key, params, mask)
+        weights = train_masked(key, params, mask, steps)
     elif method in ONE_SHOT:
-        weights = train_masked(key, params, mask_of(method, m, seed))
+        weights = train_masked(key, params, mask_of(method, m, seed), steps)
     else:
         layout, shared = pool(seed, m, scheme=method)
-        weights = train_shared(key, shared, layout)
+        weights = train_shared(key, shared, layout, steps)
     return float(accuracy(weights))
 
 
@@ -232,14 +232,17 @@ def is_connected(mask):
     return reached.any()
 
 
-def test_at_300x_sharing_leads_every_one_shot_rival():
-    shared = score("stable", 300, 0)
-    for method in ONE_SHOT:
+def test_at_300x_sharing_leads_the_two_best_one_shot_rivals():
+    """In a third of the steps; all five in all of them are in the table below."""
+    steps = STEPS // 3
+    shared = score("stable", 300, 0, steps)
+    for method in ("SNIP", "SynFlow"):
         if is_connected(mask_of(method, round(WEIGHTS / 300), 0)):
-            rival = score(method, 300, 0)
+            rival = score(method, 300, 0, steps)
         else:  # it answers the same for every image, however it is trained
             y = digits()[1][1]
             rival = 100 * np.bincount(y).max() / len(y)
+        print(f"{method} {rival:.1f}, sharing {shared:.1f}")
         assert shared >= rival + 2, (method, shared, rival)
 
 
