@@ -60,11 +60,17 @@ def test_a_corrector_beats_the_predictor_at_equal_evaluations():
 
 # Unit variances, correlation 0.9, first entry known to be 1.5: mean and variance of the second.
 CONDITIONAL = (1.35, 0.19)
-ENDS = {None: (0.940, 0.311), "langevin": (1.350, 0.194)}
+# By corrector and levels, of 200,000 chains written out in NumPy at 250 (standard errors 0.001).
+ENDS = {
+    (None, 250): (0.934, 0.327),
+    ("langevin", 250): (1.342, 0.195),
+    (None, 1000): (0.940, 0.311),
+    ("langevin", 1000): (1.350, 0.194),
+}
 
 
 @functools.cache
-def inpainted(corrector):
+def inpainted(corrector, steps):
     def field(x, t):
         sigma = VE.sigma(t)[:, None]
         spread = 1 + sigma**2
@@ -73,19 +79,22 @@ def inpainted(corrector):
     y = jnp.broadcast_to(jnp.array([1.5, jnp.nan]), (12_000, 2))
     made = None if corrector is None else solve.langevin_corrector(snr=0.16)
     run = jax.jit(
-        lambda key: guide.inpaint(key, field, VE, y, np.array([1, 0]), corrector=made, steps=1000).x
+        lambda key: (
+            guide.inpaint(key, field, VE, y, np.array([1, 0]), corrector=made, steps=steps).x
+        )
     )
     x = np.asarray(run(jax.random.key(0)), np.float64)
     np.testing.assert_array_equal(x[:, 0], 1.5)
     return x[:, 1].mean(), x[:, 1].var()
 
 
-@pytest.mark.parametrize("corrector", ENDS)
-def test_inpainting_without_a_corrector_converges_to_the_wrong_mean(corrector):
-    mean, variance = inpainted(corrector)
+@pytest.mark.parametrize("steps", [250, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("corrector", [None, "langevin"])
+def test_inpainting_without_a_corrector_converges_to_the_wrong_mean(corrector, steps):
+    mean, variance = inpainted(corrector, steps)
     # Standard errors 0.005 and 0.004 at most.
-    assert abs(mean - ENDS[corrector][0]) < 0.015
-    assert abs(variance - ENDS[corrector][1]) < 0.015
+    assert abs(mean - ENDS[corrector, steps][0]) < 0.015
+    assert abs(variance - ENDS[corrector, steps][1]) < 0.015
     if corrector is None:
         assert abs(mean - CONDITIONAL[0]) > 0.35
     else:
@@ -203,7 +212,7 @@ def test_the_network_measures_likelihoods(network):
 
 def test_the_network_inpaints(network):
     known = 1.0
-    y = jnp.broadcast_to(jnp.array([known, jnp.nan]), (N, 2))
+    y = jnp.broadcast_to(jnp.array([known, jnp.nan]), (3000, 2))
     run = jax.jit(
         lambda params, key: (
             guide.inpaint(
@@ -220,7 +229,7 @@ def test_the_network_inpaints(network):
     variances = variance_y - covariance**2 / variance_x
     true_mean = weights @ means
     true_variance = weights @ (variances + means**2) - true_mean**2
-    # The exact field at 200 levels is itself off by 0.02 and 0.01; four standard errors are 0.03.
+    # The exact field at 200 levels is itself off by 0.02 and 0.01; four standard errors are 0.035.
     assert abs(mean[1] - true_mean) < 0.07
     assert abs(cov[1, 1] - true_variance) < 0.05
 
