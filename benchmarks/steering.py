@@ -7,9 +7,9 @@ in its features; the note has the spread within classes as a share of the data's
 
 ``python -m benchmarks.steering RUN`` measures a run that is there.
 
-What is right is not always what looks best. The target at scale w is q_u^(1-w) q_c^w, which from w =
-2 on favours digits that the unconditional network finds unlikely; the weights seek these, as far as
-two networks can tell them apart, and 64 particles are few for it (1200 steps, seed 0):
+What is right is not always what looks best. The target at scale w is q_u^(1-w) q_c^w, which from
+w = 2 on favours digits that the unconditional network finds unlikely; the weights seek these, as
+far as two networks can tell them apart, and 64 particles are few for it (1200 steps, seed 0):
 
     scale   accuracy          Frechet distance    spread within classes
             with    without   with     without    with    without

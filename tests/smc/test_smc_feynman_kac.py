@@ -78,11 +78,16 @@ def integrals(logs, x, area):
     return np.log(density.sum() * area) + logs.max(), mean, p @ (x - mean) ** 2, masses
 
 
+@jax.jit
+def log_prob_wide(q, x, t):
+    return q.log_prob(x, t)
+
+
 def log_prob_of(q, x, t):
     """In double precision."""
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), q)
-        return np.asarray(wide.log_prob(x, jnp.asarray(t, jnp.float64)))
+        wide = jax.tree.map(lambda v: np.asarray(v, np.float64), q)
+        return np.asarray(log_prob_wide(wide, x, np.float64(t)))
 
 
 @functools.lru_cache
@@ -194,13 +199,13 @@ def test_density_weights_are_unbiased_at_any_step_size(name):
     Steps that keep more than half of sigma^2, or the variance would be infinite.
     """
     experts, exponents, _ = CASES[name]
-    keys, times = jax.random.split(jax.random.key(1), 600), jnp.asarray(np.geomspace(3, 0.3, 11))
+    keys, times = jax.random.split(jax.random.key(1), 400), jnp.asarray(np.geomspace(3, 0.3, 11))
     true, mean, _, masses = truth(name, 0.3)
     for noise in (1.0, 2.0):
         options = (("weights", "density"),)
         log_z, _, weighted, _ = steer(keys, experts, exponents, noise, times, 64, options)
         ratio = np.exp(np.asarray(log_z) - true)
-        assert ratio.std(ddof=1) / np.sqrt(600) < 0.05
+        assert ratio.std(ddof=1) / np.sqrt(400) < 0.06
         within(ratio, 1.0, 0.0)
         within(ratio[:, None] * np.asarray(weighted[0]), mean, 0.0)
         within(ratio[:, None] * np.asarray(weighted[2]), masses, 0.0)
@@ -263,6 +268,7 @@ def test_the_rate_is_that_of_the_density(kind, z):
         np.testing.assert_allclose(ours, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
 
 
+@SLOW
 def test_probes_estimate_the_rate():
     a, _ = two(EDM)
     drift = targets.steered_drift([(a.noise, 2.0)], EDM)
@@ -436,6 +442,7 @@ def test_resampling_by_schedule_and_window(key):
     assert int(out.nfe) == 9
 
 
+@SLOW
 def test_resampling_where_the_ess_has_fallen(key):
     out = short(key)
     np.testing.assert_array_equal(out.resampled[:-1], np.asarray(out.ess[:-1]) < 0.9 * 64)
@@ -492,8 +499,8 @@ def test_the_field_runs_in_the_particles_dtype(key):
         seen.append((x.dtype, t.dtype, t.shape))
         return PLANE.noise(x, t)
 
-    options = {"grid": SHORT, "dtype": jnp.bfloat16, "resample": None}
-    out = feynman_kac(key, [(field, 2.0)], EDM, (4, 2), **options)
+    options = {"grid": SHORT, "dtype": jnp.bfloat16}
+    out = jax.eval_shape(lambda k: feynman_kac(k, [(field, 2.0)], EDM, (4, 2), **options), key)
     assert set(seen) == {(jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32), (4,))}
     assert out.x.dtype == jnp.bfloat16
     assert out.log_weights.dtype == jnp.float32
