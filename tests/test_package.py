@@ -37,7 +37,7 @@ def test_functions_stay_callable_beside_modules_of_their_name():
     for name in _modules():
         importlib.import_module(name)
     assert inspect.isfunction(jaxgen.solve.sample)
-    for name in ("resample", "paris", "feynman_kac"):
+    for name in ("resample", "paris", "particle_gibbs", "feynman_kac", "sde_model", "tempered"):
         assert inspect.isfunction(getattr(jaxgen.smc, name))
     assert inspect.isfunction(jaxgen.particles.resample)
     for room in jaxgen._ROOMS:

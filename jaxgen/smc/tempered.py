@@ -181,4 +181,5 @@ def tempered(
         return jnp.where(arrived, leaf, jnp.nan) if inexact else leaf
 
     x, log_z = jax.tree.map(or_nan, (end.x, end.log_z))
-    return Tempered(x, log_z, *end.history.T, end.i)
+    temperatures, sizes, rates = end.history.T
+    return Tempered(x, log_z, temperatures, sizes, rates, end.i)
