@@ -27,7 +27,7 @@ class StateSpaceModel:
         ``t``, or any other log-weight of ``x``.
       log_transition: ``log_transition(x_prev, x_next, t) -> ()``, the transition's log-density;
         backward sampling and guided proposals need it.
-      log_init: ``log_init(x) -> ()``, the first state's log-density; guided first proposals need it.
+      log_init: ``log_init(x) -> ()``, the first state's log-density, for guided first proposals.
       propose_init: ``propose_init(key, y) -> x``, a first proposal that sees ``y``.
       log_propose_init: ``log_propose_init(x, y) -> ()``, its log-density.
       propose: ``propose(key, x_prev, y, t) -> x``, a proposal that sees ``y``.
