@@ -160,7 +160,9 @@ def test_an_extension_ends_in_the_bits_of_one_long_run(moons, tmp_path, capsys):
     assert yaml.safe_load((out / "config.yaml").read_text())["steps"] == 6
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(moons, tmp_path, capsys, name, code):
     out = tmp_path / "run"
     words = [*MOONS, "--steps", "6", "--out", str(out)]
@@ -199,10 +201,10 @@ def plan_of(capsys, *words):
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
-    """A run in the default folder below a folder of its own."""
+    """A run in the default folder below a folder of its own, under a falling rate."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("shared"))
-        assert main([*POOL, "--steps", "4"]) == 0
+        assert main([*POOL, "--schedule", "cosine", "--steps", "4"]) == 0
         return Path("runs/moons-vp-share0.25").resolve()
 
 
@@ -233,10 +235,7 @@ def test_a_run_in_a_pool_is_kept_to_its_layout(pool, tmp_path, capsys):
     assert "share 0.25 there, 0.5 now" in refused(
         capsys, "train", "--out", pool, "--share", "0.5", "--steps", "4"
     )
-    import shutil
-
-    out = tmp_path / "run"
-    shutil.copytree(pool, out)
+    out = shutil.copytree(pool, tmp_path / "run")
     text = (out / "config.yaml").read_text()
     (out / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
     line = refused(capsys, "sample", out)
@@ -356,24 +355,34 @@ def test_compare_goes_on_with_the_rows_it_has(moons, tmp_path, capsys):
     assert "no solver can do with so few" in capsys.readouterr().err
 
 
+def searched(run, found, *more):
+    words = ["search", str(run), "--nfe", "3", "--samples", "8", "--out", str(found)]
+    return main([*words, "--budget", "44", *more])
+
+
+@pytest.mark.slow
+def test_a_search_is_kept_and_no_other_goes_on_from_it(moons, tmp_path, capsys):
+    found = tmp_path / "schedule.json"
+    assert searched(moons, found) == 0
+    kept = found.with_suffix(".jsonl").read_text()
+    assert searched(moons, found) == 0
+    assert found.with_suffix(".jsonl").read_text() == kept
+    capsys.readouterr()
+    assert searched(moons, found, "--seed", "1") == 2
+    assert "another search" in capsys.readouterr().err
+
+
 def test_search_then_sample_by_the_schedule(moons, tmp_path, capsys):
     found = tmp_path / "schedule.json"
-    words = ["search", str(moons), "--nfe", "3", "--samples", "8", "--out", str(found)]
-    assert main([*words, "--budget", "44"]) == 0
+    assert searched(moons, found) == 0
     said = capsys.readouterr().out
     assert "unipc" in said and "44 schedules scored" in said
-    kept = found.with_suffix(".jsonl").read_text()
-    assert main([*words, "--budget", "44"]) == 0
-    assert found.with_suffix(".jsonl").read_text() == kept
     out = tmp_path / "x.npz"
-    capsys.readouterr()
     assert (
         main(["sample", str(moons), "--schedule", str(found), "--n", "4", "--out", str(out)]) == 0
     )
     assert f"schedule {found}, 3 steps, 3 evaluations" in capsys.readouterr().out
     assert np.isfinite(np.load(out)["x"]).all()
-    assert main([*words, "--budget", "44", "--seed", "1"]) == 2
-    assert "another search" in capsys.readouterr().err
 
 
 def test_sample_a_label(digits, tmp_path):
@@ -406,7 +415,8 @@ def test_sample_annealed_points(moons, tmp_path, capsys):
     assert "without weights, 4 steps, 4 evaluations, resampled 0" in capsys.readouterr().out
 
 
-def test_evaluate_gives_the_same_figures_again(moons, capsys):
+def test_evaluate_gives_the_same_figures_again(moons, tmp_path, capsys):
+    moons = shutil.copytree(moons, tmp_path / "run")
     before = figures_of(moons)
     assert main(["evaluate", str(moons)]) == 0
     assert "nats per dim" in capsys.readouterr().out
@@ -415,7 +425,6 @@ def test_evaluate_gives_the_same_figures_again(moons, capsys):
     assert after == before
     assert main(["evaluate", str(moons), "--n", "10", "--solver", "heun", "--steps", "2"]) == 0
     assert figures_of(moons)["samples"]["evaluations"] == 4
-    assert main(["evaluate", str(moons)]) == 0
 
 
 def test_inpaint_keeps_what_is_known(digits, tmp_path, capsys):
@@ -476,13 +485,12 @@ def test_a_config_file_comes_in_and_its_mistakes_are_named(moons, tmp_path, caps
     assert "'widht'" in line and "width" in line and not (tmp_path / "x").exists()
 
 
-def test_a_falling_rate_is_bent_only_on_request(tmp_path, capsys):
-    out = tmp_path / "run"
-    words = (*MOONS, "--schedule", "cosine", "--out", str(out))
-    assert main([*words, "--steps", "2"]) == 0
-    assert "--reschedule" in refused(capsys, *words, "--steps", "4")
-    assert main([*words, "--steps", "4", "--reschedule"]) == 0
-    assert figures_of(out)["step"] == 4
+def test_a_falling_rate_is_bent_only_on_request(pool, tmp_path, capsys):
+    out = shutil.copytree(pool, tmp_path / "run")
+    words = ("train", "--out", str(out), "--steps", "6")
+    assert "--reschedule" in refused(capsys, *words)
+    assert main([*words, "--reschedule"]) == 0
+    assert figures_of(out)["step"] == 6
 
 
 def test_commands_that_need_a_run(tmp_path, capsys):
@@ -524,10 +532,7 @@ def test_commands_that_a_run_refuses(moons, capsys, words, part):
 
 
 def test_a_damaged_checkpoint_is_named(moons, tmp_path, capsys):
-    import shutil
-
-    out = tmp_path / "run"
-    shutil.copytree(moons, out)
+    out = shutil.copytree(moons, tmp_path / "run")
     (victim,) = (out / "checkpoints").glob("step_*6/manifest.json")
     victim.write_text(victim.read_text().replace('"step": 6', '"step": 7'))
     before = snapshot(out)
@@ -571,6 +576,7 @@ def test_a_disk_that_fills_up_in_the_end(moons, tmp_path, capsys, largest_file):
     assert snapshot(moons) == before
 
 
+@pytest.mark.slow
 def test_default_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "nowhere" in refused(capsys, "train", "--data", "nowhere")
