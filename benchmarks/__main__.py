@@ -18,6 +18,7 @@ NAMES = {
     "against_diffusers": "the fast samplers against diffusers on torch, same knots and weights",
     "restoration": "digits blurred and noised, restored in 5 to 20 evaluations against 100",
     "resampling": "resampling against blackjax and cuthbertlib: time and wrong ancestors",
+    "steering": "guided digits, with the weights that guidance needs and without",
     "filtering": "a bootstrap filter against cuthbert and particles, and against no resampling",
     "smoothing": "PaRIS against particles, and Gibbs sweeps against PaRIS at equal work",
     "sharing": "expand and its gradient against a stored index",
