@@ -122,7 +122,8 @@ def log_likelihood(
       >>> from jaxgen import process, score
       >>> sde = process.vp()
       >>> field = score.closed_form.gaussian(sde, jnp.ones(1), 0.25).noise
-      >>> out = log_likelihood(None, field, sde, jnp.full((1, 1), 0.3), estimator="exact")
+      >>> measure = jax.jit(lambda x: log_likelihood(None, field, sde, x, estimator="exact"))
+      >>> out = measure(jnp.full((1, 1), 0.3))
       >>> bool(abs(out.log_prob[0] + 1.1966) < 1e-3)
       True
     """

@@ -341,7 +341,8 @@ def mr_sample(
       >>> mu = jnp.full((2, 8, 8, 1), 0.5)
       >>> net = lambda x, mu, t: jnp.ones_like(x)  # knows that the data are white
       >>> sde = process.ir_sde(None)
-      >>> out = mr_sample(jax.random.key(0), net, mu, sde, steps=5, fit_target="data")
+      >>> draw = jax.jit(lambda key: mr_sample(key, net, mu, sde, steps=5, fit_target="data"))
+      >>> out = draw(jax.random.key(0))
       >>> int(out.nfe), bool(abs(out.x - 1).max() < 0.02)
       (5, True)
     """

@@ -242,7 +242,8 @@ def sample(
       >>> from jaxgen import process, score
       >>> sde = process.vp()
       >>> field = score.closed_form.gaussian(sde, jnp.ones(2), 0.25).noise
-      >>> out = sample(jax.random.key(0), field, sde, (4, 2), solver="ddim", steps=10)
+      >>> draw = jax.jit(lambda key: sample(key, field, sde, (4, 2), solver="ddim", steps=10))
+      >>> out = draw(jax.random.key(0))
       >>> out.x.shape, int(out.nfe)
       ((4, 2), 10)
     """

@@ -283,8 +283,9 @@ def estimate_statistics(
       >>> sde = process.vp()
       >>> exact = score.closed_form.gaussian(sde, jnp.ones(2), 0.25)
       >>> x0 = exact.sample(jax.random.key(0), (64, 2))
-      >>> own = estimate_statistics(
-      ...     jax.random.key(1), exact.noise, sde, x0, n_grid=8, n_samples=64)
+      >>> make = jax.jit(lambda key: estimate_statistics(
+      ...     key, exact.noise, sde, x0, n_grid=8, n_samples=64))
+      >>> own = make(jax.random.key(1))
       >>> want = jax.nn.sigmoid(-2 * own.lam - jnp.log(0.25))  # sigma^2/(alpha^2 v + sigma^2)
       >>> bool(jnp.allclose(own.l[:, 0], want, atol=1e-4))
       True

@@ -374,7 +374,7 @@ def test_a_level_out_of_range_gives_nan_and_an_error_under_checkify():
 # --- denoising ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tweedie", [True, False])
+@pytest.mark.parametrize("tweedie", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_start_at_the_last_level_is_denoised_by_tweedie_alone(tweedie):
     sigma = jnp.array([[0.01, 0.5, 0.008], [0.4, 0.6, 0.7]])
     sde = process.edm(0.005, 50.0)

@@ -46,6 +46,16 @@ ROWS = {
 }
 
 
+# Processes, a kind and a sampler that are close relatives of a row that stays.
+SLOW_ROWS = {
+    *((name, "noise", "simple", "uniform") for name in ("sub_vp", "edm", "cosine")),
+    ("vp", "v", "simple", "uniform"),
+    ("mean_reverting", "data", "min_snr", "stratified"),
+    ("mean_reverting", "data", "min_snr", "importance"),
+}
+assert SLOW_ROWS < ROWS
+
+
 @functools.partial(jax.jit, static_argnames=("prediction", "weighting", "time"))
 def _slopes(key, oracle, x0, prediction, weighting, time):
     """Per-example gradients in (scale, shift), at the exact field and at four around it."""
@@ -74,7 +84,10 @@ def assert_minimum_at_first(slopes):
     assert z[1, 0] > 5 and z[2, 0] < -5 and z[3, 1] > 5 and z[4, 1] < -5, z
 
 
-@pytest.mark.parametrize(("name", "prediction", "weighting", "time"), sorted(ROWS))
+@pytest.mark.parametrize(
+    ("name", "prediction", "weighting", "time"),
+    [pytest.param(*r, marks=[pytest.mark.slow] if r in SLOW_ROWS else []) for r in sorted(ROWS)],
+)
 def test_closed_form_field_is_the_minimum(name, prediction, weighting, time):
     oracle = mixture(make(name))
     x0 = oracle.sample(jax.random.key(1), (N, 2))
@@ -324,7 +337,13 @@ def noisy():
     return oracle, x, t, np.asarray(_denoising(jax.random.key(4), oracle, x0), np.float64)
 
 
-@pytest.mark.parametrize("name", IMPLICIT)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("exact", "hutchinson", "sliced_reduced"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gaussian", "sliced")),
+    ],
+)
 def test_implicit_losses_share_minimum_and_differences_with_denoising(name, noisy):
     oracle, x, t, denoising = noisy
     losses, slopes = _implicit(jax.random.key(5), oracle, x, t, name)

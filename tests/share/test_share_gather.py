@@ -82,6 +82,16 @@ CASES = {
 }
 
 
+# Each compiles a program of its own; these have a close relative among the others.
+SIBLINGS = (
+    "stable, full",
+    "stable, a leaf of two parts",
+    "stable, many tiles",
+    "hashednet, one slot",
+)
+NAMES = [pytest.param(n, marks=[pytest.mark.slow] if n in SIBLINGS else []) for n in CASES]
+
+
 @dataclasses.dataclass
 class Case:
     layout: share.Layout
@@ -144,7 +154,7 @@ def results():
     return run
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_weight_is_lambda_sign_slot(name, results):
     """Exactly: one product in float32."""
     (pool, _, _), out = results(name)
@@ -158,7 +168,7 @@ def test_every_weight_is_lambda_sign_slot(name, results):
         at += spec.size
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_first_and_second_order_are_the_matrix_transposed(name, results):
     (pool, v, u), out = results(name)
     a = case(name).matrix
@@ -172,7 +182,7 @@ def test_gradients_of_first_and_second_order_are_the_matrix_transposed(name, res
         assert np.all(np.abs(found - a.T @ terms) <= bound)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_compress_is_least_squares(name, results):
     (_, v, _), out = results(name)
     a = case(name).matrix
@@ -399,7 +409,9 @@ def mesh(kind):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("data")])
+@pytest.mark.parametrize(
+    "spec", [PartitionSpec("data"), pytest.param(PartitionSpec(), marks=pytest.mark.slow)]
+)
 def test_on_eight_devices(kind, spec, pools, alone):
     sharding = NamedSharding(mesh(kind), spec)
     placed = jax.device_put(jax.tree.map(lambda p: p[0], pools), sharding)
@@ -427,7 +439,9 @@ def test_in_shard_map(pools, alone):
 # --- dtypes, NaN ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["stable", "roast", "hashednet"])
+@pytest.mark.parametrize(
+    "name", ["stable", "hashednet", pytest.param("roast", marks=pytest.mark.slow)]
+)
 def test_bfloat16_pools_round_once_and_sum_in_float32(name):
     layout = share.plan({"w": shape(64, 64)}, 4096 // 512, **rule(name))
     pool = jax.random.normal(jax.random.key(0), (layout.m,), jnp.bfloat16)

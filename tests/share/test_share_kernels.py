@@ -158,7 +158,10 @@ def test_nan_spreads_as_in_the_dense_product_and_padding_stays_out():
 
 
 # The strict interpreter takes a batch one by one; the plain one runs what a TPU does.
-@pytest.mark.parametrize("mapped", ["x", "pool", "both", "both, strictly"])
+@pytest.mark.parametrize(
+    "mapped",
+    ["x", "both, strictly", *(pytest.param(m, marks=pytest.mark.slow) for m in ("pool", "both"))],
+)
 def test_vmap(mapped, monkeypatch):
     if mapped != "both, strictly":
         monkeypatch.setattr(mosaic_tpu, "_interpreter", lambda interpret: interpret)

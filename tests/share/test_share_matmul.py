@@ -269,7 +269,7 @@ def stacked():
     return [np.stack(part) for part in zip(*drawn, strict=True)]
 
 
-@pytest.mark.parametrize("mapped", ["x", "pool", "both"])
+@pytest.mark.parametrize("mapped", ["both", "pool", pytest.param("x", marks=pytest.mark.slow)])
 def test_mapped(mapped, stacked, small_blocks):
     axes = (None if mapped == "pool" else 0, None if mapped == "x" else 0, 0)
     inputs = [v if axis == 0 else v[0] for v, axis in zip(stacked, axes, strict=True)]

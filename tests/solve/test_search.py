@@ -15,7 +15,7 @@ from jaxgen.solve.schedule import baseline_schedules, schedule_nfe, validate_sch
 from jaxgen.solve.search import SearchConfig, evaluate_schedules, search, stack_schedules
 
 SDE = process.vp()
-SMALL = RankingConfig(steps=40, batch=16, width=16, hidden=(16,))
+SMALL = RankingConfig(steps=100, batch=16, width=16, hidden=(16,))
 ANALYTIC = EvolutionConfig(afs=(0.4, 0.3, 0.3))
 
 
@@ -225,8 +225,7 @@ def test_the_predictor_learns_an_order_and_ignores_padding(plain):
 
     scores = np.array([truth(s) for s in pool])
     scores[5] = np.nan
-    config = dataclasses.replace(SMALL, steps=150)
-    rank = fit_predictor(jax.random.key(0), pool[:80], scores[:80], config, most_steps=6)
+    rank = fit_predictor(jax.random.key(0), pool[:80], scores[:80], SMALL, most_steps=6)
     given, wanted = rank(pool[80:]), scores[80:]
     signs = np.sign(given[:, None] - given[None]) * np.sign(wanted[:, None] - wanted[None])
     assert signs.sum() / np.abs(signs).sum() > 0.5
@@ -235,6 +234,6 @@ def test_the_predictor_learns_an_order_and_ignores_padding(plain):
     with pytest.raises(ValueError, match="at least two"):
         fit_predictor(jax.random.key(0), pool[:1], scores[:1])
     short, long = (_features(pool[:4], most, rank.ends) for most in (6, 9))
-    a, b = (_Network(config).apply(rank.params, f) for f in (short, long))
+    a, b = (jax.jit(_Network(SMALL).apply)(rank.params, f) for f in (short, long))
     np.testing.assert_allclose(a, b, atol=1e-5)
     assert solve.RankingConfig is RankingConfig

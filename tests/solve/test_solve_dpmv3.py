@@ -77,7 +77,12 @@ def small():
 
 
 @pytest.mark.parametrize(
-    ("name", "prediction"), [("vp", "noise"), ("edm", "data"), ("mean_reverting", "velocity")]
+    ("name", "prediction"),
+    [
+        ("vp", "noise"),
+        ("mean_reverting", "velocity"),
+        pytest.param("edm", "data", marks=pytest.mark.slow),
+    ],
 )
 def test_statistics_of_gaussian_data_are_known(name, prediction):
     with jax.enable_x64(True):
@@ -115,7 +120,7 @@ def test_slope_and_offset_are_the_regression_along_the_flow():
         exact = score.closed_form.mixture(
             sde, jnp.array([0.3, 0.7]), jnp.array([[1.5], [-1.0]]), jnp.array([0.25, 0.6])
         )
-        n = 20_000
+        n = 8000
         x0 = exact.sample(jax.random.key(0), (n, 1))
         span = {"t_start": 0.8, "t_end": 0.2}
         own = jax.jit(
@@ -189,31 +194,41 @@ def test_hutchinson_agrees_with_the_basis():
     assert (np.abs(estimated.l - diagonal) < 5 * np.sqrt(off / (n * probes)) + 2e-5).all()
 
 
-def test_differences_along_the_flow_stand_in_for_the_derivative_in_time():
+def coarse_curves(field, spacing):
+    data = mixture().sample(jax.random.key(1), (64, 2)).astype(jnp.float32)
+    options = {"n_grid": 12, "n_samples": 64, "spacing": spacing}
+
+    @jax.jit
+    def run(data):
+        made = estimate_statistics(jax.random.key(2), field, SDE, data, **options)
+        return made.s, made.b
+
+    return run(data)
+
+
+@pytest.mark.slow
+def test_ripples_in_time_spoil_the_derivative():
     exact = mixture()
-    data = exact.sample(jax.random.key(1), (64, 2)).astype(jnp.float32)
 
     def ripples(x, t):
         """Nearly the field, but its derivative in time is noise, as between whole times."""
         return exact.noise(x, t) + 1e-3 * jnp.sin(1e5 * t)[:, None] * jnp.sin(1e3 * x)
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
-    def curves(field, spacing):
-        made = estimate_statistics(
-            jax.random.key(2), field, SDE, data, n_grid=12, n_samples=64, spacing=spacing
-        )
-        return made.s, made.b
+    gap = coarse_curves(ripples, None)[0] - coarse_curves(exact.noise, None)[0]
+    assert float(jnp.abs(gap)[2:-2].max()) > 1
 
-    (s, b), (near_s, near_b) = curves(exact.noise, None), curves(exact.noise, 0.1)
+
+def test_differences_along_the_flow_stand_in_for_the_derivative_in_time():
+    field = mixture().noise
+    (s, b), (near_s, near_b) = coarse_curves(field, None), coarse_curves(field, 0.1)
     # An error of second order in the spacing: at twice of it, four times as large.
-    far_s, _ = curves(exact.noise, 0.2)
+    far_s, _ = coarse_curves(field, 0.2)
     inner = slice(2, -2)
     error, double = (float(jnp.abs(v - s)[inner].max()) for v in (near_s, far_s))
     assert error < 0.01 and 3 < double / error < 5, (error, double)
     np.testing.assert_allclose(near_b[inner], b[inner], atol=0.02)
-    assert float(jnp.abs(curves(ripples, None)[0] - s)[inner].max()) > 1
     with pytest.raises(ValueError, match="spacing is -1"):
-        estimate_statistics(jax.random.key(2), exact.noise, SDE, data, spacing=-1)
+        estimate_statistics(jax.random.key(2), field, SDE, jnp.zeros((4, 2)), spacing=-1)
 
 
 def test_statistics_come_back_from_disk(tmp_path, small):
@@ -270,8 +285,8 @@ def test_one_step_is_exact_for_gaussian_data():
 @pytest.mark.parametrize(
     ("options", "order"),
     [
-        ({"order": 1}, 1),
-        ({"order": 2, "corrector": False}, 2),
+        pytest.param({"order": 1}, 1, marks=pytest.mark.slow),
+        pytest.param({"order": 2, "corrector": False}, 2, marks=pytest.mark.slow),
         ({"order": 3, "corrector": False}, 3),
         # A pseudo order is of order 2 here by design; the plain corrector mends it.
         ({"order": 3, "corrector": False, "pseudo_predictor": True}, 2),
@@ -298,7 +313,10 @@ def reference():
     return np.asarray(run64(ExponentialMultistep("data", 3), x, 2000))
 
 
-@pytest.mark.parametrize(("kind", "order"), [("data", 1), ("data", 3), ("noise", 3)])
+@pytest.mark.parametrize(
+    ("kind", "order"),
+    [("data", 3), ("noise", 3), pytest.param("data", 1, marks=pytest.mark.slow)],
+)
 def test_constant_curves_give_the_other_solvers(kind, order):
     with jax.enable_x64(True):
         sde, _, x, start, end, _ = problem()
@@ -337,32 +355,27 @@ def test_the_half_corrector_stops_half_way():
         np.testing.assert_allclose(half.correct.shift[after], full.predict.shift[after - 1])
 
 
-def test_float32_and_both_drivers(small):
-    exact, x = mixture(), jax.random.normal(jax.random.key(0), (8, 2))
-    solver = dpmv3(small)
+@functools.partial(jax.jit, static_argnames=("steps", "adjoint"))
+def by_data(exact, solver, x, steps, adjoint=None):
+    options = {"solver": solver, "steps": steps, "x_init": x, "adjoint": adjoint}
+    key = jax.random.key(0)
+    return solve.sample(key, exact.data, SDE, x.shape, prediction="data", **options)
 
-    @functools.partial(jax.jit, static_argnames=("steps", "adjoint"))
-    def run(solver, x, steps, adjoint=None):
-        return solve.sample(
-            jax.random.key(0),
-            exact.data,
-            SDE,
-            x.shape,
-            solver=solver,
-            steps=steps,
-            x_init=x,
-            adjoint=adjoint,
-            prediction="data",
-        )
 
-    scanned, diffeq = run(solver, x, 5), run(solver, x, 5, diffrax.DirectAdjoint())
-    np.testing.assert_allclose(diffeq.x, scanned.x, atol=2e-5)
-    assert scanned.solver == "dpmv3" and scanned.grid == "log_snr"
-    many = run(solver, x, 1000)
+@pytest.mark.parametrize("steps", [5, pytest.param(1000, marks=pytest.mark.slow)])
+def test_single_against_double_precision(small, steps):
+    exact, solver, x = mixture(), dpmv3(small), jax.random.normal(jax.random.key(0), (8, 2))
+    got = by_data(exact, solver, x, steps)
+    assert got.solver == "dpmv3" and got.grid == "log_snr"
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), (solver, x))
-        for got, steps in ((scanned, 5), (many, 1000)):
-            np.testing.assert_allclose(got.x, run(*wide, steps).x, atol=5e-5)
+        np.testing.assert_allclose(got.x, by_data(exact, *wide, steps).x, atol=5e-5)
+
+
+def test_both_drivers(small):
+    exact, solver, x = mixture(), dpmv3(small), jax.random.normal(jax.random.key(0), (8, 2))
+    solved = by_data(exact, solver, x, 5, diffrax.DirectAdjoint())
+    np.testing.assert_allclose(solved.x, by_data(exact, solver, x, 5).x, atol=2e-5)
 
 
 def test_calls_per_sample_times_and_transforms(small):
@@ -388,14 +401,13 @@ def test_calls_per_sample_times_and_transforms(small):
         )
 
     t = jnp.array([1.0, 0.7, 0.4])
-    together = jax.jit(functools.partial(run, field=field))(dpmv3(small), x, t)
-    jax.effects_barrier()
-    assert int(together.nfe) == len(calls) == 4
     with jax.enable_x64(True):
         own, x, t = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), (small, x, t))
-        together = jax.jit(run)(dpmv3(own), x, t).x
+        together = jax.jit(functools.partial(run, field=field))(dpmv3(own), x, t)
+        jax.effects_barrier()
+        assert int(together.nfe) == len(calls) == 4
         alone = jax.jit(jax.vmap(lambda x, t: run(dpmv3(own), x, t, ndim=1).x))(x, t)
-        np.testing.assert_allclose(alone, together, atol=1e-9)
+        np.testing.assert_allclose(alone, together.x, atol=1e-9)
 
 
 def test_gradient_in_the_statistics_and_the_state():

@@ -15,11 +15,11 @@ QUICK = {
     "heun_churned": solve.Heun(churn=5.0),
     "heun_time": "heun_time",
     "unipc": "unipc",
-    "dpmpp_2s": "dpmpp_2s",
     "Tsit5": diffrax.Tsit5(),
     "ShARK": diffrax.ShARK(),
 }
 SLOW = {
+    "dpmpp_2s": "dpmpp_2s",
     "ddim": "ddim",
     "Heun": diffrax.Heun(),
     "ddim_noisy": solve.ddim(1.0),
@@ -188,32 +188,24 @@ def test_gradients_by_the_adjoint_that_the_user_picks(key):
     np.testing.assert_allclose(slope(diffrax.DirectAdjoint()), slope(None), rtol=1e-4)
 
 
-def test_trees_are_consistent_over_step_counts_and_paths_may_be_given(key):
+def drawer(brownian, steps):
     sde, exact = closed()
+    options = {"solver": "euler_maruyama", "brownian": brownian, "steps": steps, "t_end": 0.1}
+    return jax.jit(lambda k: solve.sample(k, exact.noise, sde, (8, 2), **options).x)
 
-    def drawer(brownian, steps):
-        return jax.jit(
-            lambda k: (
-                solve.sample(
-                    k,
-                    exact.noise,
-                    sde,
-                    (8, 2),
-                    solver="euler_maruyama",
-                    brownian=brownian,
-                    steps=steps,
-                    t_end=0.1,
-                ).x
-            )
-        )
 
-    def own(key, shape, t0, t1):
-        return diffrax.VirtualBrownianTree(t0, t1, 2**-14 * (t1 - t0), shape, key)
-
+def test_trees_are_consistent_over_step_counts(key):
     coarse, fine = drawer("tree", 32), drawer("tree", 128)(key)
     near, far = (float(jnp.abs(fine - coarse(k)).mean()) for k in (key, jax.random.key(9)))
     assert near < 0.25 * far
-    np.testing.assert_allclose(drawer(own, 32)(key), coarse(key), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_paths_may_be_given(key):
+    def own(key, shape, t0, t1):
+        return diffrax.VirtualBrownianTree(t0, t1, 2**-14 * (t1 - t0), shape, key)
+
+    np.testing.assert_allclose(drawer(own, 32)(key), drawer("tree", 32)(key), atol=1e-5)
 
 
 def test_a_grid_path_knows_whole_intervals_only(key):

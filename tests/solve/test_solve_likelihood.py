@@ -70,8 +70,18 @@ def solver_of(name):
 LOOSE = ("cosine", "rectified", "ouve")
 
 
+# Of exploding and preserved variance, from pure noise, and with an anchor; the rest are slow.
+QUICK = ("vp", "ve", "rectified", "mean_reverting", "ouve")
+
+
 @pytest.mark.parametrize(
-    ("name", "tolerance"), [(n, 4e-4 if n in LOOSE else 1e-4) for n in PROCESSES]
+    ("name", "tolerance"),
+    [
+        pytest.param(
+            n, 4e-4 if n in LOOSE else 1e-4, marks=[] if n in QUICK else [pytest.mark.slow]
+        )
+        for n in PROCESSES
+    ],
 )
 def test_every_process_meets_the_exact_flow(name, tolerance):
     sde = make_process(name)
@@ -103,7 +113,7 @@ def log_growth(sde):
     return axes @ np.diag(0.5 * np.log(ratio)) @ axes.T
 
 
-@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("noise", ["rademacher", pytest.param("gaussian", marks=pytest.mark.slow)])
 def test_hutchinson_keeps_one_probe_and_is_unbiased(key, noise):
     sde, n = make_process("vp"), 1000
     out = correlated(noise)(key, jnp.broadcast_to(X2, (n, 2)))
@@ -229,7 +239,9 @@ def test_a_bad_example_leaves_the_others_alone():
     assert int(out.nfe[1]) < 200
 
 
-@pytest.mark.parametrize("function", ["log_likelihood", "encode", "decode"])
+@pytest.mark.parametrize(
+    "function", ["log_likelihood", "encode", pytest.param("decode", marks=pytest.mark.slow)]
+)
 def test_too_few_steps_give_nan(function):
     sde = make_process("vp")
     field = gaussian(sde, jnp.full(1, MEAN), VARIANCE).noise

@@ -192,7 +192,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Variants of a case that stays.
+SIBLINGS = ("official", "unipc2_bh1", "deis_rho")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in SIBLINGS else []) for n in CASES],
+)
 def test_the_published_update(name):
     make, peer = CASES[name]
     with jax.enable_x64(True):
@@ -207,8 +214,11 @@ def test_the_published_update(name):
     "solvers",
     [
         ("ddim", solve.dpm(1), solve.dpmpp(1), solve.unipc(1, corrector=False), solve.deis(1)),
-        ("dpmpp_2m", solve.unipc(2, corrector=False, lower_order_final=None)),
-        (solve.dpm(2, second="taylor"), solve.deis(2)),
+        pytest.param(
+            ("dpmpp_2m", solve.unipc(2, corrector=False, lower_order_final=None)),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param((solve.dpm(2, second="taylor"), solve.deis(2)), marks=pytest.mark.slow),
         ("dpm_3m", solve.unipc(3, kind="noise", corrector=False, lower_order_final=None)),
     ],
     ids=["order one", "2M", "DEIS", "3M on noise"],
@@ -236,11 +246,24 @@ def test_phi_in_single_precision(sign):
         np.testing.assert_allclose(own, want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [5, 50, pytest.param(1000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["dpmpp_2m", "dpmpp_3m", "unipc", "dpm_3"])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("dpmpp_2m", 5),
+        ("dpm_3", 5),
+        ("dpmpp_3m", 50),
+        ("unipc", 50),
+        *(
+            pytest.param(name, steps, marks=pytest.mark.slow)
+            for steps, names in {
+                5: ("dpmpp_3m", "unipc"),
+                1000: ("dpmpp_2m", "dpmpp_3m", "unipc", "dpm_3"),
+            }.items()
+            for name in names
+        ),
+    ],
+)
 def test_single_against_double_precision(name, steps):
-    if name in ("dpmpp_2m", "dpm_3") and steps == 50:
-        pytest.skip("in the others")
     options = {"grid": "log_snr", "steps": steps}
     single = draw(name, **options).x
     with jax.enable_x64(True):
@@ -279,9 +302,9 @@ ENDS = {
     ("name", "solver", "nfe"),
     [
         ("edm", "unipc", 9),
-        ("edm", "dpm_3m", 9),
+        pytest.param("edm", "dpm_3m", 9, marks=pytest.mark.slow),
         ("edm", "dpm_3", 25),
-        ("rectified", "unipc", 9),
+        pytest.param("rectified", "unipc", 9, marks=pytest.mark.slow),
         ("rectified", "dpmpp_2s", 16),
         ("cosine", "dpmpp_3m_sde", 9),
     ],
@@ -331,7 +354,7 @@ def test_the_last_step_to_data_returns_the_data_prediction(key):
     np.testing.assert_allclose(out.x, kept[-1], atol=1e-6)
 
 
-@pytest.mark.parametrize("solver", ["unipc", "dpmpp_2s"])
+@pytest.mark.parametrize("solver", ["unipc", pytest.param("dpmpp_2s", marks=pytest.mark.slow)])
 def test_starts_of_their_own(key, solver):
     sde, exact = problem()
     x = jax.random.normal(key, SHAPE)
@@ -349,7 +372,9 @@ def test_starts_of_their_own(key, solver):
 # --- gradients and other loops --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", ["unipc", "dpm_3", "dpmpp_3m"])
+@pytest.mark.parametrize(
+    "solver", ["unipc", "dpm_3", pytest.param("dpmpp_3m", marks=pytest.mark.slow)]
+)
 def test_gradient_in_a_parameter_of_the_process(solver):
     _, exact = problem()
     x = jnp.asarray(states(), jnp.float32)

@@ -33,6 +33,10 @@ ROWS = {
 }
 
 
+# Of a family with another row, on a process of another row.
+SIBLINGS = ("ddim_noisy", "dpm_2", "diffrax_euler", "diffrax_shark")
+
+
 def make_process(name):
     return process.PROCESSES[name](*([MU] if name in ("ouve", "mean_reverting") else []))
 
@@ -58,7 +62,10 @@ def true_moments(name):
     return mu + a1 * centred - scale * a0 * centred, (scale * start) ** 2
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(row, marks=[pytest.mark.slow] if row in SIBLINGS else []) for row in ROWS],
+)
 def test_marginal_of_a_gaussian_with_counted_calls(key, row):
     solver, calls, name = ROWS[row]
     sde, exact = closed(name)
@@ -93,7 +100,9 @@ def test_marginal_of_a_gaussian_with_counted_calls(key, row):
     assert run._cache_size() == 1
 
 
-@pytest.mark.parametrize("row", ["ddim_noisy", "heun", "ancestral"])
+@pytest.mark.parametrize(
+    "row", ["ddim_noisy", "ancestral", pytest.param("heun", marks=pytest.mark.slow)]
+)
 def test_half_precision_comes_back_in_it(key, row):
     solver, _, name = ROWS[row]
     sde, exact = closed(name)
@@ -107,7 +116,9 @@ def test_half_precision_comes_back_in_it(key, row):
     assert out.dtype == jnp.bfloat16 and bool(jnp.isfinite(out).all())
 
 
-@pytest.mark.parametrize("row", ["euler_maruyama", "heun_churned", "ancestral"])
+@pytest.mark.parametrize(
+    "row", ["heun_churned", "ancestral", pytest.param("euler_maruyama", marks=pytest.mark.slow)]
+)
 def test_first_samples_do_not_depend_on_the_batch(key, row):
     solver, _, name = ROWS[row]
     sde, exact = closed(name)
@@ -138,7 +149,10 @@ def test_one_sample_alone(key):
         assert out.x.shape == (2,) and bool(jnp.isfinite(out.x).all()) and out.nfe.shape == ()
 
 
-@pytest.mark.parametrize("row", ["euler_maruyama", "heun", "heun_time", "diffrax_tsit5"])
+@pytest.mark.parametrize(
+    "row",
+    ["euler_maruyama", "heun_time", "diffrax_tsit5", pytest.param("heun", marks=pytest.mark.slow)],
+)
 def test_start_per_sample(key, row):
     solver, _, name = ROWS[row]
     sde, exact = closed(name)

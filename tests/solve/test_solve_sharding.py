@@ -55,7 +55,11 @@ def alone(row):
     return x, np.asarray(jax.jit(lambda k, x: draw(k, N, row, x))(jax.random.key(0), x))
 
 
-@pytest.mark.parametrize("row", ROWS)
+def rows(*slow):
+    return [pytest.param(r, marks=[pytest.mark.slow] if r in slow else []) for r in ROWS]
+
+
+@pytest.mark.parametrize("row", rows("heun", "tsit5"))
 def test_sharded_batch_gives_the_same_samples(key, row):
     x, want = alone(row)
     sharding = NamedSharding(mesh(AxisType.Auto), SPEC)
@@ -65,7 +69,7 @@ def test_sharded_batch_gives_the_same_samples(key, row):
     np.testing.assert_allclose(out, want, atol=2e-5)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", rows("heun"))
 def test_shard_map_with_the_number_of_the_first_sample(key, row):
     x, want = alone(row)
 
@@ -84,7 +88,9 @@ def test_shard_map_with_the_number_of_the_first_sample(key, row):
     np.testing.assert_allclose(run(key, x), want, atol=2e-5)
 
 
-@pytest.mark.parametrize("row", ["euler_maruyama", "heun", "corrected"])
+@pytest.mark.parametrize(
+    "row", ["euler_maruyama", "corrected", pytest.param("heun", marks=pytest.mark.slow)]
+)
 def test_explicit_mesh(key, row):
     x, want = alone(row)
     with jax.set_mesh(mesh(AxisType.Explicit)):

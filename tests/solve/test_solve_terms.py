@@ -23,7 +23,14 @@ def gaussian_map(sde, x, t0, t1, mean, var):
     return a1 * mean + scale * (x - a0 * mean)
 
 
-@pytest.mark.parametrize("prediction", ["score", "noise", "data", "v", "velocity"])
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        "noise",
+        "v",
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("score", "data", "velocity")),
+    ],
+)
 def test_flow_of_a_gaussian_is_exact_for_every_prediction(key, prediction):
     sde = process.vp()
     field = getattr(gaussian(sde), prediction)
