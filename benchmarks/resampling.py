@@ -74,9 +74,9 @@ def _wrong(function: Callable[..., jax.Array], kinds: list[jax.Array], keys: int
 def run(*, quick: bool) -> Iterator[Result | Missing]:
     sizes = (10**5,) if quick else (10**4, 10**5, 10**6)
     methods = ("systematic", "multinomial") if quick else smc.METHODS
-    keys = 10 if quick else 200
     for n in sizes:
         kinds = _log_weights(n)
+        keys = 10 if quick or n > 10**5 else 100
         for method in methods:
             ours = functools.partial(smc.resample, method=method)
             wrong = _wrong(ours, kinds, keys)
