@@ -83,11 +83,13 @@ def test_both_drivers_agree(key, solver):
 
 def test_adaptive_steps_are_each_samples_own(key):
     closed()  # in float32, as for the others
+    x = np.array([[0.1, 0.1], [4.0, -9.0], [1.0, 0.0]])
+    options = {"solver": diffrax.Tsit5(), "controller": PID}
     with jax.enable_x64(True):
-        x = jnp.array([[0.1, 0.1], [4.0, -9.0], [1.0, 0.0]])
-        options = {"solver": diffrax.Tsit5(), "controller": PID}
-        out = draw(key, x_init=x, **options)
-        alone = draw(key, 1, x_init=x[1:2], **options)
+        out = draw(key, x_init=jnp.asarray(x), **options)
+        alone = draw(key, 1, x_init=jnp.asarray(x[1:2]), **options)
+        assert out.x.dtype == jnp.float64
+    x = x.astype(np.float32)
     assert out.grid == "adaptive" and out.nfe.shape == (3,) and len(set(out.nfe.tolist())) > 1
     # In float32 rounding would move the accepted step sizes, and the end by the controller's error.
     np.testing.assert_allclose(alone.x[0], out.x[1], rtol=1e-9)
