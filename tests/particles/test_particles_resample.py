@@ -477,3 +477,13 @@ def test_only_neighbours_exchange_particles():
     assert gathered and all(f"[{SPLIT}]" in line for line in gathered), gathered
     assert permuted and all(f"[{held}" in line for line in permuted), permuted
     assert "all_to_all" not in jaxpr
+
+
+def test_pmap_draws_the_same_ancestors():
+    log_weights = _split_weights("mild")
+    split = jax.pmap(
+        lambda k, w: particles.resample(k, w, axis_name="p"), axis_name="p", in_axes=(None, 0)
+    )
+    ancestors = split(jax.random.key(4), log_weights.reshape(SPLIT, -1))
+    alone = particles.resample(jax.random.key(4), log_weights)
+    np.testing.assert_array_equal(ancestors.reshape(-1), alone)
