@@ -264,7 +264,7 @@ def _check_window(window: Any, sde: LinearSDE) -> tuple[Any, Any] | None:
         return window[0], window[1]
     low, high, first, last = (float(v) for v in known if v is not None)
     ends = [end for end in sde.ends or () if math.isfinite(end)]
-    first, last = min(first, *ends), max(last, *ends)
+    first, last = min([first, *ends]), max([last, *ends])
     slack = 1e-6 * (last - first)
     if not (first - slack <= low < high <= last + slack):
         raise ValueError(
@@ -397,6 +397,8 @@ def feynman_kac(
     _check_counts(shape, resample, resample_every, ess_threshold, shape[0] * split)
     window = _check_window(window, sde)
     if log_probs is not None:
+        if callable(log_probs):
+            raise TypeError("log_probs is a function; expected a list of them, one for each field")
         log_probs = tuple(log_probs)
         if len(log_probs) != len(target.fields):
             raise ValueError(

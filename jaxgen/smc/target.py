@@ -20,7 +20,7 @@ Laplacian; they take it that each field is the exact one of a marginal, so that 
 limit is not exactly (1), while (2) is right for the network's own density whatever the drift.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -187,7 +187,7 @@ def as_target(targets: Target | Sequence[tuple[Field, Any]]) -> Target:
         return targets
     if callable(targets):
         raise TypeError("targets is a function; expected a Target such as annealed(field, 2.0)")
-    pairs = list(targets)
+    pairs = list(targets) if isinstance(targets, Iterable) else [targets]
     if not all(isinstance(p, tuple | list) and len(p) == 2 for p in pairs):
         raise TypeError(f"targets is {targets!r}; expected a Target or pairs (field, exponent)")
     return Target(tuple(p[0] for p in pairs), tuple(p[1] for p in pairs))

@@ -425,6 +425,8 @@ def see(x, log_weights, t):
 
 def test_resampling_by_schedule_and_window(key):
     out = short(key, (("resample_every", 2), ("window", (1.2, 2.0)), ("observe", see)))
+    ve = process.ve()  # which, unlike the other, has no proper ends
+    jax.eval_shape(functools.partial(call, sde=ve, grid="time", window=(0.2, 0.8)), key)
     times, x, log_weights = out.observed
     np.testing.assert_array_equal(times, np.asarray(SHORT)[1:])
     np.testing.assert_allclose(x[-1], out.x, rtol=1e-6)
@@ -631,6 +633,7 @@ def call(key, pairs=((PLANE.noise, 2.0),), shape=(4, 2), sde=EDM, **options):
         ({"window": (1.0, 90.0)}, r"window is \(1, 90\).*within \[0, 80\]"),
         ({"window": (2.0, 1.0)}, "rising times"),
         ({"window": 3.0}, "two times"),
+        ({"sde": process.ve(), "window": (0.2, 1.5)}, r"within \[0, 1\]"),
         ({"t_start": 90.0}, "t_start is 90"),
         ({"t_end": 0.0}, "last time is a proper end, where sigma is 0"),
         ({"sde": process.rectified(), "t_start": 1.0}, "first time is a proper end.*alpha"),
@@ -658,6 +661,8 @@ def test_bad_input(key, options, message):
     [
         ({"pairs": PLANE.noise}, "targets is a function"),
         ({"pairs": [PLANE.noise]}, "expected a Target or pairs"),
+        ({"pairs": None}, "targets is None"),
+        ({"log_probs": PLANE.log_prob}, "log_probs is a function"),
         ({"dtype": jnp.int32}, "dtype"),
         ({"dtype": jnp.complex64}, "dtype"),
     ],
