@@ -36,7 +36,11 @@ of (2), drift ((z - 1)/2) S + (z/2) grad h and noise z as u grows, solved like (
 1 without a reward it is the noising kernel N(y', (u - v) I). (At any other z the noising kernel has
 another variance than K, whose ratio does not vanish with the step.)
 
-Far from the data all is Gaussian, and log-weights have finite variance only if z > 1 - 1/B.
+*Choosing z.* Far from the data all is Gaussian. The particles' law, of variance z u/((1 + z) B - 1)
+without weights, covers p, of variance u/B, only if z > 1 - 1/B. But the final particles descend
+from those of a law of variance z u/((z - 1) B + 1), and that has finite variance under p, so that
+errors fall as n^(-1/2), only if z > 2 - 2/B: 1 will do for B < 2, 2 for every B. With less, start
+lower: at z = 1 and B > 2 below (sigma/alpha)^2 = 1/(B - 2) times the data's own variance.
 """
 
 import dataclasses
@@ -237,7 +241,7 @@ def _check_noise(
             warnings.warn(
                 f"noise is {z:g}; with exponents that sum to {total:g} the log-weights far from "
                 f"the data have finite variance only above {1 - 1 / total:g}: expect wrong answers "
-                "of small spread; 1 is always safe",
+                f"of small spread; more than {2 - 2 / total:g} is safe",
                 stacklevel=3,
             )
             return
@@ -334,8 +338,9 @@ def feynman_kac(
       ess_threshold: resample where the effective sample size is below this share of n.
       resample_every: resample after every so many steps instead.
       window: ``(low, high)``: times within which particles are resampled; always if ``None``.
-      noise: z >= 0; 1 is safe for every target, more lowers the variance of the weights and needs
-        more steps. Warns at or below 1 - 1/B (module docstring).
+      noise: z >= 0; 1 is safe for exponents that sum to less than 2, and 2 for every target; more
+        lowers the variance of the weights and needs more steps. Warns at or below 1 - 1/B (module
+        docstring, choosing z).
       weights: ``"trapezoid"``; ``"left"`` (more bias); ``"density"``, with ``log_probs``, for which
         ``exp(log_z)`` is unbiased at any step size, and of finite variance where every step keeps
         more than about half of (sigma/alpha)^2; ``"none"`` for the uncorrected sampler.
