@@ -156,7 +156,8 @@ def take(x: Any, ancestors: jax.Array) -> Any:
     """Particles of the given ancestors; NaN where an ancestor is out of range.
 
     Args:
-      x: a pytree of arrays ``(N, *event)``; in integers out of range gives the lowest value.
+      x: a pytree of arrays ``(N, *event)``; out of range gives a signed integer's
+        lowest value and an unsigned one's highest.
       ancestors: int32 ``(n,)``.
 
     Returns:
@@ -226,8 +227,11 @@ def maybe_resample(
     Weights that cannot be resampled (all -inf, or a NaN) count as fallen: the particles become NaN.
 
     Raises:
+      TypeError: a traced threshold.
       ValueError: a threshold outside (0, 1], or particles of another number than weights.
     """
+    if isinstance(threshold, jax.core.Tracer):
+        raise TypeError("threshold is traced; expected a number known at trace time")
     if isinstance(threshold, bool) or not 0 < threshold <= 1:
         raise ValueError(f"threshold is {threshold!r}; expected a number in (0, 1]")
     old = check_log_weights(log_weights)
@@ -238,6 +242,8 @@ def maybe_resample(
     size = ess(old, axis_name=axis_name)
     split = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     first = 0 if axis_name is None else n * jax.lax.axis_index(axis_name)
+    # Zeros of the weights' own sharding, which those made within a branch have not.
+    zeros, here = jnp.zeros_like(old), jnp.zeros_like(old, jnp.int32)
 
     def yes(_: None) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
         ancestors = resample(key, old, method=method, axis_name=axis_name)
@@ -245,11 +251,10 @@ def maybe_resample(
             take(x, ancestors) if axis_name is None else sharded.exchange(x, ancestors, axis_name)
         )
         gain = log_mean_exp(old, axis_name=axis_name)
-        return moved, jnp.zeros_like(old), ancestors, gain
+        return moved, zeros, ancestors, gain
 
     def no(_: None) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
-        # Plus zeros of the weights' own sharding.
-        stay = jnp.arange(n, dtype=jnp.int32) + first + jnp.zeros_like(old, jnp.int32)
+        stay = jnp.arange(n, dtype=jnp.int32) + first + here
         return x, old, stay, jnp.zeros_like(size)
 
     if threshold == 1 and when is None:
