@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.core import keys
+from jaxgen.core.arrays import varying_zeros
 from jaxgen.core.checks import debug_check, one_of, positive_int
 from jaxgen.particles.resample import take
 from jaxgen.particles.weights import check_log_weights
@@ -82,22 +83,25 @@ def backward_indices(
       everywhere, and an error under ``checkify``.
 
     Raises:
-      ValueError: ``draws`` or ``max_trials`` below 1, an unknown ``backward``, or a model without
-        the functions that it needs.
+      ValueError: ``draws`` or ``max_trials`` below 1, an unknown ``backward``, particles of another
+        number than weights, or a model without the functions that it needs.
     """
     check_backward(model, draws, backward, max_trials)
     log_weights = check_log_weights(log_weights)
-    m = jax.tree.leaves(x_next)[0].shape[0]
+    n, m = log_weights.shape[0], jax.tree.leaves(x_next)[0].shape[0]
+    for leaf in jax.tree.leaves(x):
+        if jnp.shape(leaf)[:1] != (n,):
+            raise ValueError(f"x has a leaf of shape {jnp.shape(leaf)} for {n} log-weights")
     keys.check(key)
     if backward == "rejection":
-        max_trials = max(32, log_weights.shape[0] // 32) if max_trials is None else max_trials
+        max_trials = max(32, n // 32) if max_trials is None else max_trials
         return _rejection(
             jax.random.split(key), model, x, log_weights, x_next, t, (m, draws), max_trials
         )
     uniforms = uniforms_for(key, (m, draws), log_weights)
 
     def in_blocks(pairs: int) -> Callable[[Any, jax.Array], jax.Array]:
-        block = max(1, pairs // log_weights.shape[0])
+        block = max(1, pairs // n)
 
         def one(state: Any, u: jax.Array) -> jax.Array:
             return draw_index(u, logits_of(model, x, log_weights, state, t))
@@ -106,7 +110,7 @@ def backward_indices(
             return jax.vmap(one)
         return lambda *both: jax.lax.map(lambda pair: one(*pair), both, batch_size=block)
 
-    if m * log_weights.shape[0] <= _PAIRS_CPU:
+    if m * n <= _PAIRS_CPU:
         return in_blocks(_PAIRS_CPU)(x_next, uniforms)
     return jax.lax.platform_dependent(
         x_next, uniforms, cpu=in_blocks(_PAIRS_CPU), default=in_blocks(_PAIRS)
@@ -206,7 +210,11 @@ def _rejection(
         index = index.at[jnp.where(live & free, todo, total)].set(parent, mode="drop")
         return index, above, done + 1
 
-    state = (jnp.full((total,), n, jnp.int32), jnp.asarray(False), jnp.int32(0))
+    # Over devices draws vary where keys, weights or densities do.
+    one, after = jax.tree.map(lambda leaf: leaf[:1], x), jax.tree.map(lambda leaf: leaf[0], x_next)
+    logits = logits_of(model, one, log_weights[:1], after, t)
+    zero = varying_zeros((), jnp.int32, jax.random.key_data(two_keys), cumulative, bound, logits)
+    state = (jnp.full((total,), n, jnp.int32) + zero, zero > 0, jnp.int32(0))
     size, todo = total, jnp.arange(total, dtype=jnp.int32)
     while True:
         smaller = -(-size // _SHRINK) if size > _SMALLEST else 0

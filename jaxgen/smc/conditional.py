@@ -256,9 +256,9 @@ def backward_sample(
             raise ValueError(
                 f"x has a leaf of shape {jnp.shape(leaf)} for log_weights {log_weights.shape}"
             )
-    key_last, *keys = jax.random.split(keys_.check(key), steps)
+    keys = jax.random.split(keys_.check(key), steps)
     last = check_log_weights(log_weights[-1])
-    index = draw_index(uniforms_for(key_last, (paths,), last), last)
+    index = draw_index(uniforms_for(keys[0], (paths,), last), last)
     end = take(jax.tree.map(lambda leaf: leaf[-1], x), index)
 
     def back(state: Any, inputs: Any) -> tuple[Any, Any]:
@@ -272,7 +272,7 @@ def backward_sample(
     if steps == 1:
         return jax.tree.map(lambda leaf: leaf[None], end)
     before = jax.tree.map(lambda leaf: leaf[:-1], (x, log_weights))
-    inputs = (jnp.stack(keys), *before, jnp.arange(1, steps, dtype=jnp.int32))
+    inputs = (keys[1:], *before, jnp.arange(1, steps, dtype=jnp.int32))
     _, earlier = jax.lax.scan(back, end, inputs, reverse=True)
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), earlier, end)
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxgen.core import checks
+from jaxgen.core import keys as keys_
 from jaxgen.smc.state_space import StateSpaceModel
 
 __all__ = [
@@ -354,7 +355,7 @@ def simulate(key: jax.Array, params: LinearGaussian, steps: int) -> tuple[jax.Ar
       steps: how many.
     """
     steps = checks.positive_int("steps", steps)
-    keys = jax.random.split(key, steps)
+    keys = jax.random.split(keys_.check(key), steps)
     dtype = params.initial_mean.dtype
 
     def normal(key: jax.Array, cov: jax.Array) -> jax.Array:

@@ -244,7 +244,8 @@ def _ascend(
         reference = conditional.check_reference(model, reference, _filter._steps(observations))
     state = (theta, problem.optimizer.init(theta), reference)
     keys = keys_.fold(key, problem.steps)
-    traced = any(isinstance(x, jax.core.Tracer) for x in (key, flat, *jax.tree.leaves(state)))
+    inputs = (key, flat, state, observations, observed)
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(inputs))
     if progress is False or traced:
         state, (history, score) = _climb(keys, state, observations, observed, options=problem)
     else:

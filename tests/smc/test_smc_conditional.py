@@ -216,6 +216,15 @@ def test_backward_sample_of_one_step_draws_from_the_weights():
     assert chi_square(counts, np.array([0.5, 0.0, 0.3, 0.2])) > 1e-3
 
 
+def test_tracing_does_not_grow_with_the_steps():
+    def size(steps):
+        f = functools.partial(backward_sample, model=WALK, paths=2)
+        x = jnp.zeros((steps, 3))
+        return len(jax.make_jaxpr(lambda key: f(key, x=x, log_weights=x))(jax.random.key(0)).eqns)
+
+    assert size(20) == size(3)
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -243,6 +252,7 @@ def test_what_a_sweep_refuses():
             "log_transition_bound",
         ),
         (lambda: draw(WALK, Y, Y, Y, draws=0), "draws is 0"),
+        (lambda: draw(WALK, Y, Y[1:], Y), r"x has a leaf of shape \(4,\) for 3 log-weights"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -280,6 +280,8 @@ def test_bad_input():
             linear_gaussian(*args)
     with pytest.raises(TypeError, match="transition_cov"):
         linear_gaussian(*good[:3], jnp.eye(1, dtype=jnp.int32), *good[4:])
+    with pytest.raises(TypeError, match="expected a typed key"):
+        simulate(jax.random.PRNGKey(0), linear_gaussian(*good), 3)
     with pytest.raises(ValueError, match="unequal numbers of steps"):
         linear_gaussian(*good[:2], jnp.ones((3, 1, 1)), jnp.ones((4, 1, 1)), *good[4:])
     params = linear_gaussian(*good[:2], jnp.ones((3, 1, 1)), *good[3:])
