@@ -129,6 +129,12 @@ def _strong(x: Any) -> Any:
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.result_type(a)), x)
 
 
+def _varying(x: Any, key: jax.Array) -> Any:
+    """``_strong``, and where keys differ between devices so do particles, equal though they be."""
+    always = jax.random.key_data(key)[0] >= 0
+    return jax.tree.map(lambda a: jnp.where(always, a, a), _strong(x))
+
+
 def _checked(name: str, came: Any, like: Any) -> Any:
     same_particle(name, came, like)
     return _strong(came)
@@ -153,7 +159,7 @@ def _first(
 ) -> tuple[Any, jax.Array]:
     """One particle of step 0 and its log-weight."""
     if model.propose_init is None:
-        x = _strong(model.init(key))
+        x = _varying(model.init(key), key)
         return x, _masked(observed, _log_potential(model, x, y, t))
     assert model.log_propose_init is not None and model.log_init is not None
     propose_init = model.propose_init
@@ -162,7 +168,7 @@ def _first(
     def guided() -> Any:
         return _checked("propose_init", propose_init(key, y), like)
 
-    x = _either(observed, guided, lambda: _strong(model.init(key)))
+    x = _varying(_either(observed, guided, lambda: _strong(model.init(key))), key)
     log_weight = (
         _log_potential(model, x, y, t)
         + scalar_log("log_init", model.log_init(x))
@@ -312,8 +318,10 @@ def _init(
     key: jax.Array, y: Any, observed: jax.Array | None, options: _Options
 ) -> tuple[FilterState, FilterInfo]:
     t = jnp.zeros((), jnp.int32)
+    # Hashed first: particles count up from the key, and so may the keys of a user's runs.
+    _, key_move = jax.random.split(key)
     first = functools.partial(_first, model=options.model, y=y, t=t, observed=observed)
-    x, log_weights = jax.vmap(first)(options.keys(key))
+    x, log_weights = jax.vmap(first)(options.keys(key_move))
     no = jnp.zeros((), bool)
     here = jnp.arange(options.local, dtype=jnp.int32)
     if options.axis_name is not None:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgen.core import checks
+from jaxgen.core.arrays import varying_zeros
 from jaxgen.particles.resample import take
 from jaxgen.smc.state_space import StateSpaceModel
 
@@ -168,11 +169,12 @@ def tree_init(x: Any, capacity: int) -> PathTree:
     def widen(leaf: jax.Array) -> jax.Array:
         return jnp.pad(leaf, [(0, capacity - n)] + [(0, 0)] * (leaf.ndim - 1))
 
+    zero = varying_zeros((), jnp.int32, jax.tree.leaves(x)[0])
     return PathTree(
         jax.tree.map(widen, x),
-        jnp.full(capacity, capacity, jnp.int32),
-        jnp.zeros(capacity, jnp.int32),
-        jnp.arange(n, dtype=jnp.int32),
+        jnp.full(capacity, capacity, jnp.int32) + zero,
+        jnp.zeros(capacity, jnp.int32) + zero,
+        jnp.arange(n, dtype=jnp.int32) + zero,
         jnp.zeros((), jnp.int32),
     )
 
@@ -226,7 +228,7 @@ def _prune(parent: jax.Array, children: jax.Array, dead: jax.Array) -> jax.Array
         follows = (_read(children, above, 1) == 0) & (_read(claimed, above, -1) == mine)
         return jnp.where(follows, above, capacity), children, claimed
 
-    state = (dead, children, jnp.zeros(capacity, jnp.int32))
+    state = (dead, children, varying_zeros((capacity,), jnp.int32, dead))
     return jax.lax.while_loop(lambda s: jnp.any(s[0] < capacity), level, state)[1]
 
 

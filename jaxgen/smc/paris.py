@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxgen.core import keys as keys_
+from jaxgen.core.arrays import varying_zeros
 from jaxgen.core.checks import debug_check, floating
 from jaxgen.particles.resample import take
 from jaxgen.particles.weights import normalise
@@ -142,12 +143,15 @@ def start(
     key: jax.Array, y: Any, observed: Any, reference: Any, options: Options
 ) -> tuple[ParisState, jax.Array]:
     """Step 0, and whether the reference has density zero there."""
-    x, log_weights = conditional.first(key, options.model, y, options.n, observed, reference)
+    # Hashed first: particles count up from the key, and so may the keys of a user's runs.
+    _, key_move = jax.random.split(key)
+    x, log_weights = conditional.first(key_move, options.model, y, options.n, observed, reference)
     size, dtype = size_of(options)
     if options.initial_functional is None:
-        statistic = jnp.zeros((options.n, size), dtype)
+        statistic = varying_zeros((options.n, size), dtype, log_weights)
     else:
         statistic = jax.vmap(options.initial_functional)(x).astype(dtype)
+        statistic = statistic + varying_zeros((), dtype, log_weights)
     t = jnp.zeros((), jnp.int32)
     is_dead = jnp.isneginf(log_weights[0])
     log_weights, log_z = conditional.settle(log_weights, jnp.zeros((), log_weights.dtype), t)

@@ -251,6 +251,24 @@ def test_eight_devices_equal_one(kind):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), eight, one)
 
 
+def test_a_filter_on_each_device_from_a_known_start():
+    """Under the default check of what varies over devices, though all start alike."""
+    model = StateSpaceModel(
+        init=lambda key: 0.0,
+        transition=lambda key, x, t: x + jax.random.normal(key),
+        log_potential=lambda x, y, t: -0.5 * (y - x) ** 2,
+    )
+
+    def paths(keys):
+        return particle_filter(keys[0], model, Y[:3, 0], 4, store="tree").genealogy.paths(3)[None]
+
+    mesh = jax.make_mesh((8,), ("p",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.P("p")
+    f = jax.jit(jax.shard_map(paths, mesh=mesh, in_specs=split, out_specs=split))
+    keys = jax.random.split(jax.random.key(0), 8)
+    np.testing.assert_allclose(f(keys)[3], paths(keys[3:4])[0], rtol=1e-5)
+
+
 def test_particle_keys():
     key = jax.random.key(3)
     whole = jax.random.key_data(particle_keys(key, 1000))
@@ -265,6 +283,14 @@ def test_particle_keys():
     assert np.max(np.abs([*lagged, z.mean(), (np.mean(z**2) - 1) / 2**0.5])) < 4 / len(z) ** 0.5
     with pytest.raises(TypeError, match="typed key"):
         particle_keys(jnp.zeros(2, jnp.uint32), 4)
+
+
+def test_neighbouring_keys_share_no_particles():
+    """Runs' keys count up, and so do particles' keys from a run's."""
+    model = StateSpaceModel(jax.random.normal, lambda key, x, t: x, lambda x, y, t: 0.0)
+    runs = [filter_init(jax.random.key(seed), model, 0.0, 8)[0].x for seed in range(2)]
+    plain = jax.vmap(lambda i: jax.random.normal(jax.random.key(i)))(jnp.arange(8))
+    assert len(np.unique(np.concatenate([*runs, plain]))) == 24
 
 
 # --- what goes wrong --------------------------------------------------------------------------

@@ -57,13 +57,15 @@ def runs():
 
 def test_the_three_ways_agree(runs):
     stored, pruned, carried = runs
+    # Another program rounds the same noise otherwise, in the last bit.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
     paths = np.asarray(stored.genealogy.paths())
     assert paths.shape == (STEPS, N, 1)
     np.testing.assert_array_equal(paths[-1], stored.x)
-    np.testing.assert_array_equal(pruned.genealogy.paths(STEPS), paths)
+    close(pruned.genealogy.paths(STEPS), paths)
     slots = jnp.array([5, 0, 5], jnp.int32)
     np.testing.assert_array_equal(stored.genealogy.paths(slots), paths[:, np.array(slots)])
-    np.testing.assert_array_equal(pruned.genealogy.paths(4, slots), paths[-4:, np.array(slots)])
+    close(pruned.genealogy.paths(4, slots), paths[-4:, np.array(slots)])
     # Ancestors of a step are slots of the step before: the path through them, by hand.
     slot, ancestors = 7, np.asarray(stored.genealogy.ancestors)
     for t in range(STEPS - 1, -1, -1):
@@ -72,9 +74,9 @@ def test_the_three_ways_agree(runs):
     steps = 0.01 * np.arange(1, STEPS)[:, None]
     sums = paths[0, :, 0] ** 2 + np.sum(paths[:-1, :, 0] * paths[1:, :, 0] + steps, axis=0)
     np.testing.assert_allclose(carried.x.x.statistic, sums, rtol=1e-5)
-    np.testing.assert_array_equal(carried.x.x.x, stored.x)
+    close(carried.x.x.x, stored.x)
     for back in range(LAG):
-        np.testing.assert_array_equal(carried.x.past.x[:, back], paths[-2 - back])
+        close(carried.x.past.x[:, back], paths[-2 - back])
     weights = np.exp(carried.log_weights) / N
     np.testing.assert_allclose(carried.means[-1], np.sum(weights * sums), rtol=1e-5)
 

@@ -215,6 +215,24 @@ def test_one_observation_at_a_time_equals_the_whole():
     assert np.isclose(np.asarray(state.x), whole.path[-1]).any() and whole.path.shape == (6,)
 
 
+def test_a_smoother_on_each_device():
+    """Under the default check of what varies over devices."""
+
+    def estimate(keys):
+        return paris(keys[0], WALK, Y[:3], 4, total, backward="rejection").estimate
+
+    mesh = jax.make_mesh((8,), ("p",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.P("p")
+    f = jax.jit(jax.shard_map(estimate, mesh=mesh, in_specs=split, out_specs=split))
+    keys = jax.random.split(jax.random.key(0), 8)
+    np.testing.assert_allclose(f(keys)[3], estimate(keys[3:4])[0], rtol=1e-5)
+
+
+def test_neighbouring_keys_share_no_particles():
+    runs = [paris_init(jax.random.key(seed), WALK, Y[0], 8, total).x for seed in range(2)]
+    assert len(np.unique(np.concatenate(runs))) == 16
+
+
 def test_log_z_is_unbiased_and_particles_may_be_trees():
     tree = StateSpaceModel(
         init=lambda key: {"x": jax.random.normal(key), "steps": jnp.int32(0)},
