@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxgen import train
 from jaxgen.cli import main
+from jaxgen.train.recipes import pictures
 from jaxgen.train.recipes.run import open_run
 from jaxgen.train.recipes.statistics import _digest, _found
 from jaxgen.train.report import read_lines
@@ -393,8 +394,12 @@ def test_sample_a_label(digits, tmp_path):
     assert x.shape == (3, 8, 8, 1) and x.dtype == np.uint8 and x.max() <= 16
 
 
-def test_sample_by_steered_particles(digits, tmp_path, capsys):
-    out = tmp_path / "x.npz"
+def test_sample_by_steered_particles(digits, tmp_path, capsys, monkeypatch):
+    out, shown = tmp_path / "x.npz", []
+    draw = pictures.draw_steering
+    monkeypatch.setattr(
+        pictures, "draw_steering", lambda *given: (shown.append(given[5]), draw(*given))
+    )
     words = ["--steer", "guide=2", "--label", "3", "--particles", "4", "--steps", "3"]
     assert main(["sample", str(digits), *words, "--n", "6", "--out", str(out)]) == 0
     made = np.load(out)
@@ -402,6 +407,8 @@ def test_sample_by_steered_particles(digits, tmp_path, capsys):
     assert made["ess"].shape == made["resampled"].shape == (2, 3)
     assert (made["ess"] > 0.24).all() and (made["ess"] < 1.001).all()
     assert (tmp_path / "x-steering.png").read_bytes().startswith(b"\x89PNG")
+    # Noise is shown as large as data, whatever the process does to it.
+    assert shown[0].shape == (3, 4, 8, 8, 1) and 0.7 < shown[0][0].std() < 1.3
     said = capsys.readouterr().out
     assert "guide=2 of 3, 2 times 4 particles, weighted, 3 steps, 8 evaluations" in said
 

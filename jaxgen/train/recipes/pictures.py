@@ -150,8 +150,8 @@ def draw_steering(
       levels: noise levels of the steps, ``(steps,)``.
       ess: shares of the particles, ``(populations, steps)``.
       resampled: ``(populations, steps)``.
-      history: particles at some steps, ``(times, shown, h, w, c)`` in units of the data's range
-        [-1, 1] times the noise level's, or points ``(times, shown, 2)``.
+      history: particles at some steps, ``(times, shown, h, w, c)`` about as large as data in [-1,
+        1] at every noise level, or points ``(times, shown, 2)``.
       shown_at: those steps, ``(times,)``.
     """
     figure = _figure(10.0, 7.0)
@@ -159,10 +159,7 @@ def draw_steering(
     above, below = figure.subplots(2, 1, height_ratios=(3, 2))
     steps = np.arange(1, len(levels) + 1)
     if history.ndim == 5:
-        # A column for each time, scaled to its noise so that there is something to see.
-        size = np.sqrt(1 + levels[shown_at] ** 2)[:, None, None, None, None]
-        columns = history / size
-        tiles = columns.transpose(1, 0, 2, 3, 4).reshape(-1, *history.shape[2:])
+        tiles = history.transpose(1, 0, 2, 3, 4).reshape(-1, *history.shape[2:])
         sheet = mosaic(np.clip((np.nan_to_num(tiles) + 1) / 2, 0, 1), len(shown_at))
         gray = {"cmap": "gray", "vmin": 0, "vmax": 1} if sheet.shape[-1] == 1 else {}
         above.imshow(sheet[..., 0] if gray else sheet, interpolation="nearest", **gray)
@@ -180,6 +177,7 @@ def draw_steering(
         below.plot(steps[when], own[when], "v", color="C3", markersize=4)
     below.set_ylim(0, 1.05)
     below.set_xlabel("step")
+    below.xaxis.get_major_locator().set_params(integer=True)
     below.set_ylabel("effective share of particles")
     above_level = below.twinx()
     above_level.semilogy(steps, levels, color="gray", linestyle=":")

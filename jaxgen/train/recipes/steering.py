@@ -39,7 +39,8 @@ class Steered(NamedTuple):
         ``(populations, steps)``.
       resampled: ``(populations, steps)``.
       log_z: log normaliser of each population, ``(populations,)``.
-      history: particles of the first population on their way, ``(times, shown, *event)``.
+      history: particles of the first population on their way, in units of ``sqrt(alpha^2 +
+        sigma^2)`` so that data and noise are as large, ``(times, shown, *event)``.
       levels: sigma/alpha of the steps, ``(steps,)``.
       shown_at: which steps the history is of, ``(times,)``.
       how: what it was made with, as plain values.
@@ -183,6 +184,9 @@ def steer(
     resampled = np.stack([np.asarray(out.resampled) for out in outs])
     times = first.times[1:]
     shown_at = np.unique(np.linspace(0, first.steps - 1, _TIMES).astype(int))
+    alpha, sigma = np.asarray(sde.alpha(times)), np.asarray(sde.sigma(times))
+    observed = np.asarray(first.observed)[shown_at]
+    size = np.hypot(alpha, sigma)[shown_at].reshape(-1, *(1,) * (observed.ndim - 1))
     how = {
         "steer": f"{kind}={value:g}",
         "label": label,
@@ -200,8 +204,8 @@ def steer(
         ess,
         resampled,
         np.asarray([out.log_z for out in outs]),
-        np.asarray(first.observed)[shown_at],
-        np.asarray(sde.sigma(times) / sde.alpha(times)),
+        observed / size,
+        sigma / alpha,
         shown_at,
         how,
     )
