@@ -31,9 +31,11 @@ from typing import Any
 import jax
 
 from benchmarks.measure import Result, device, versions
+from jaxgen import train
+from jaxgen.train import data as datasets
 from jaxgen.train.recipes.classifier import train_judge
 from jaxgen.train.recipes.config import ScoreConfig
-from jaxgen.train.recipes.run import Run, open_run, prepare, train_run
+from jaxgen.train.recipes.run import Run, open_run, prepare
 from jaxgen.train.recipes.steering import guided_classes
 
 SCALES = (1.0, 1.5, 2.0, 3.0)
@@ -48,7 +50,9 @@ def rows_of(run: Run, *, quick: bool = False) -> list[dict[str, Any]]:
         experiment.held_out,
         steps=experiment.config.classifier_steps,
     )
-    options = {"scales": (2.0,), "per_class": 4, "particles": 4, "steps": 3} if quick else {}
+    options: dict[str, Any] = (
+        {"scales": (2.0,), "per_class": 4, "particles": 4, "steps": 3} if quick else {}
+    )
     return guided_classes(
         jax.random.key(1), experiment, run.params, judge, **({"scales": SCALES} | options)
     )
@@ -85,22 +89,25 @@ def results(rows: list[dict[str, Any]], step: int) -> Iterator[Result]:
             )
 
 
+def trained(**settings: Any) -> Run:
+    """A run on labelled digits, as ``jaxgen train --labels`` makes it, kept in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        experiment = prepare(ScoreConfig(labels=True, out=str(Path(folder) / "run"), **settings))
+    config = experiment.config
+    source = datasets.batches(experiment.train, config.batch_size, seed=config.seed)
+    state = train.fit(experiment.state(), experiment.make_step(), source, config.steps)
+    return Run(experiment, state.ema, config.steps)
+
+
 def run(*, quick: bool) -> Iterator[Result]:
     small: dict[str, Any] = {
         "steps": 10,
         "batch_size": 32,
         "width": 8,
         "channel_mults": (1,),
-        "solver_steps": 2,
-        "eval_samples": 20,
-        "eval_likelihood": 1,
         "classifier_steps": 5,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        config = ScoreConfig(labels=True, out=str(out), **(small if quick else {}))
-        train_run(prepare(config), progress=False if quick else None)
-        made = open_run(out)
+    made = trained(**small if quick else {})
     yield from results(rows_of(made, quick=quick), made.step)
 
 
