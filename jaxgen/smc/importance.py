@@ -448,6 +448,8 @@ def _draw(plan: _Plan, sample_f, sample, key, state: _State, n: int) -> jax.Arra
 
 
 def _columns(name: str, value: Any, x: jax.Array) -> jax.Array:
+    if value is None:
+        raise TypeError(f"{name} returned None; expected an array")
     value = jnp.asarray(value)
     if jnp.issubdtype(value.dtype, jnp.complexfloating):
         raise TypeError(f"{name} returned dtype {value.dtype}; expected real numbers")
@@ -465,8 +467,10 @@ def _expectations(plan: _Plan, weights: jax.Array | None, y: jax.Array, log_f: j
     j = max(shapes.values()) if weights is None else weights.shape[0]
     for name, columns in shapes.items():
         if columns not in (1, j):
+            named = "" if weights is None else ", the length of weights"
             raise ValueError(
-                f"{name} returned {columns} columns for J = {j} expectations; expected 1 or {j}"
+                f"{name} returned {columns} columns for J = {j} expectations{named}; expected 1 or "
+                f"{j}"
             )
     if max(shapes.values()) != j:
         raise ValueError(f"weights has length {j}, but phi and log_f have one column; expected 1")

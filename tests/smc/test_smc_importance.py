@@ -480,7 +480,7 @@ def trace(phi=values, log_f=LOG_F, sample_f=SAMPLE_F, budget=BUDGET, **options):
         ({"budget": 20}, "gives 5 batches of 2 points"),
         ({"budget": 40}, r"batches of 4 points; expected more than J = 4"),
         ({"budget": 30, "phi": lambda x: x[:, 0]}, r"expected more than d \+ 1 = 3"),
-        ({"weights": jnp.ones(3)}, "phi returned 4 columns for J = 3"),
+        ({"weights": jnp.ones(3)}, "phi returned 4 columns for J = 3.*length of weights"),
         ({"weights": jnp.ones(3), "phi": lambda x: x[:, 0]}, "weights has length 3"),
         ({"weights": jnp.array([1.0, 1.0, 0.0, 1.0])}, "expected positive numbers"),
         ({"weights": jnp.array([1.0, -1.0, 1.0, 1.0])}, "expected positive numbers"),
@@ -513,6 +513,8 @@ def test_wrong_kinds_raise_type_errors():
         trace(weights=jnp.ones(4, jnp.int32))
     with pytest.raises(TypeError, match="phi returned dtype complex64"):
         trace(phi=lambda x: x + 1j)
+    with pytest.raises(TypeError, match="phi returned None"):
+        trace(phi=lambda x: None)
     with pytest.raises(TypeError, match="outside jit and vmap"):
         jax.eval_shape(
             lambda key: multiple_expectations(key, values, LOG_F, SAMPLE_F, BUDGET, host=True),
