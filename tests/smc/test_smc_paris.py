@@ -295,6 +295,22 @@ def test_a_particle_of_weight_zero_needs_no_parent():
     assert np.isfinite(out.estimate).all() and np.isneginf(out.log_weights).any()
 
 
+def test_what_the_model_cannot_reach():
+    """A reference that jumps is left behind; a transition beyond its density leaves NaN."""
+    near = StateSpaceModel(
+        init=jax.random.uniform,
+        transition=lambda key, x, t: x + jax.random.uniform(key),
+        log_potential=lambda x, y, t: -x,
+        log_transition=lambda x, z, t: jnp.where((z >= x) & (z <= x + 1), 0.0, -jnp.inf),
+    )
+    y, one = jnp.zeros(2), lambda x, z, t: jnp.array([z])
+    with pytest.warns(RuntimeWarning, match="density zero"):
+        out = conditional_paris(jax.random.key(0), near, y, jnp.array([0.5, 9.0]), 4, one)
+    assert np.isfinite(out.estimate).all() and out.log_weights[0] == -jnp.inf
+    far = dataclasses.replace(near, transition=lambda key, x, t: x + 9)
+    assert np.isnan(paris(jax.random.key(0), far, y, 4, one).estimate).all()
+
+
 def test_what_paris_refuses():
     def run(model=WALK, n=4, functional=total, **options):
         return paris(jax.random.key(0), model, Y, n, functional, **options)
