@@ -183,6 +183,8 @@ def _check_steer(args: Sample) -> tuple[str, float] | None:
     if args.steer is None:
         if args.uncorrected:
             raise CommandError("--uncorrected is for --steer; leave it out, or steer")
+        if args.particles != Sample.particles:
+            raise CommandError("--particles is for --steer; leave it out, or steer")
         return None
     kind, _, number = args.steer.partition("=")
     try:

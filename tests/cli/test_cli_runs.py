@@ -522,6 +522,7 @@ def test_commands_that_need_a_run(tmp_path, capsys):
         (("sample", "--steer", "anneal=2", "--solver", "ddim"), "leave out --solver"),
         (("sample", "--steer", "anneal=2", "--particles", "1"), "--particles is 1"),
         (("sample", "--uncorrected"), "--steer"),
+        (("sample", "--particles", "8"), "--particles is for --steer"),
         (("evaluate", "--n", "1"), "--n"),
         (("evaluate", "--solver", "best"), "heun"),
         (("sample", "--schedule", "none.json"), "jaxgen search"),
