@@ -305,6 +305,23 @@ def test_a_step_is_exact_where_the_field_is_linear():
     assert abs(variance - variance_40) < 4 * 2 * variance_40 / np.sqrt(n)
 
 
+def test_the_step_back_reverses_a_step_where_both_are_exact():
+    """All data at one point, B = 1: density weights are 0 at any step size and z."""
+    point = score.closed_form.gaussian(EDM, jnp.asarray([3.0]), 1e-8)
+    times = jnp.asarray([2.0, 1.2, 0.3])
+
+    @jax.jit
+    def go(key, noise):
+        options = {"log_probs": [point.log_prob], "weights": "density", "resample": None}
+        first = 3 + 2 * jax.random.normal(key, (16, 1))
+        return feynman_kac(
+            key, [(point.noise, 1.0)], EDM, (16, 1), grid=times, noise=noise, init=first, **options
+        ).log_weights
+
+    for noise in (0.3, 1.0, 2.5):
+        np.testing.assert_allclose(go(jax.random.key(0), noise), 0, atol=3e-4)
+
+
 @functools.lru_cache
 def particles_of(kind):
     """``y``, log-weights and ``log Z`` in ``y`` at the levels of one grid."""
