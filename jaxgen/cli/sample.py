@@ -63,9 +63,9 @@ class Sample:
     guidance: float = 1.0
     """Scale of classifier-free guidance: 1 samples the label, more presses it, 0 ignores it."""
     steer: str | None = None
-    """anneal=1.5 samples the density to the power 1.5; guide=2 presses --label as --guidance does,
-    with weights that make up for what guidance alone gets wrong. By weighted particles, in 100
-    steps; a picture of them goes beside --out."""
+    """anneal=1.5 samples the density to the power 1.5; guide=1.5 presses --label as --guidance does,
+    with the weights that make it the guided density (which from 2 on favours the unlikely). By
+    weighted particles, in 100 steps; a picture of them goes beside --out."""
     particles: int = 64
     """With --steer: particles that are weighted against each other."""
     uncorrected: bool = False
@@ -172,7 +172,7 @@ def _steered(args: Sample, trained: Any, steer: tuple[str, float], out: Path) ->
         f"{out}, {beside.name}: {args.n} samples of step {trained.step} (averaged parameters), "
         f"{how['steer']}{label}, {how['populations']} times {how['particles']} particles, "
         f"{'without weights' if args.uncorrected else 'weighted'}, {how['steps']} steps, "
-        f"{how['evaluations']} evaluations, resampled {how['resampled']:g} times, "
+        f"{how['evaluations']} evaluations, resampled {how['resampled']:.2g} times, "
         f"effective sample size {how['last_ess']:.3g} at the end"
     )
     return 0

@@ -164,6 +164,7 @@ def take(x: Any, ancestors: jax.Array) -> Any:
       The same tree with arrays ``(n, *event)``.
 
     Raises:
+      TypeError: ancestors that are not integers.
       ValueError: a leaf without a particle axis, or leaves of different lengths.
 
     Example:
@@ -171,6 +172,9 @@ def take(x: Any, ancestors: jax.Array) -> Any:
       >>> take(jnp.array([1.0, 2.0]), jnp.array([1, 1, 2])).tolist()
       [2.0, 2.0, nan]
     """
+    ancestors = jnp.asarray(ancestors)
+    if not jnp.issubdtype(ancestors.dtype, jnp.integer):
+        raise TypeError(f"ancestors has dtype {ancestors.dtype}; expected an integer dtype")
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
     if len(sizes) > 1 or () in sizes:
         raise ValueError(f"x has leaves with first axes {sorted(sizes)}; expected one common (N,)")

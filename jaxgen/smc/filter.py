@@ -560,7 +560,8 @@ def particle_filter(
     once: ``vmap`` over keys, observations or the parameters that the model closes over.
 
     Where every weight is zero at a step, or one is NaN, ``log_z``, means and log-weights are NaN
-    from that step on, and under ``checkify.checkify`` an error tells the step.
+    from that step on, and under ``checkify.checkify`` an error tells the step (with its default
+    ``user_checks``; ``index_checks`` takes the slots that a resampler drops for errors).
 
     Args:
       key: one typed key.
@@ -569,7 +570,7 @@ def particle_filter(
       n: number of particles, over all devices.
       resample: scheme, a name that ``jaxgen.particles.resample`` knows.
       ess_threshold: resample where the effective sample size is below this share of ``n``, in
-        (0, 1]; 1 resamples at each step.
+        (0, 1]; 1 resamples at each step (with ``observed``, where weights differ at all).
       observed: bool ``(steps,)``, false where the observation is missing. Its value is then
         ignored (write any finite number), the transition is drawn from, and no weight changes.
       functions: what to average over the weighted particles at each step: ``f(x)`` of one

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxgen.core.arrays import at_least_f32
+
 __all__ = ["StateSpaceModel"]
 
 
@@ -109,7 +111,7 @@ def same_particle(name: str, came: Any, expected: Any) -> None:
 
 
 def scalar_log(name: str, value: Any) -> jax.Array:
-    """A model function's value as one floating log-weight.
+    """A model function's value as one log-weight, in float32 or wider.
 
     Raises:
       ValueError: it is not a scalar.
@@ -120,4 +122,4 @@ def scalar_log(name: str, value: Any) -> jax.Array:
         raise ValueError(f"{name} returned shape {value.shape} for one particle; expected ()")
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{name} returned dtype {value.dtype}; expected a floating dtype")
-    return value
+    return value.astype(at_least_f32(value.dtype))

@@ -171,9 +171,11 @@ def tempered(
         jnp.full((max_temperatures, 3), jnp.nan, first.dtype),
         jnp.zeros((), jnp.int32),
     )
-    end = jax.lax.while_loop(lambda s: (s.temperature < 1) & (s.i < max_temperatures), body, start)
+    end = jax.lax.while_loop(
+        lambda s: (s.temperature < 1) & (s.i < max_temperatures) & (s.log_z > -jnp.inf), body, start
+    )
     arrived = end.temperature >= 1
-    # A NaN temperature ends the loop too.
+    # A likelihood that is zero for all, or NaN for one, ends the loop too.
     debug_check(arrived, "max_temperatures: the temperature ended at {t}", t=end.temperature)
 
     def or_nan(leaf: jax.Array) -> jax.Array:

@@ -20,12 +20,12 @@ N = 4
 
 
 @functools.cache
-def _draws(method, conditional):
+def _draws(method, conditional, draws=DRAWS):
     """Ancestors of four slots, many times over."""
     function = particles.conditional_resample if conditional else particles.resample
     log_weights = jnp.log(jnp.asarray(WEIGHTS, jnp.float32))
     draw = jax.jit(jax.vmap(lambda k, w: function(k, w, method=method), (0, None)))
-    return np.asarray(draw(jax.random.split(jax.random.key(17), DRAWS), log_weights))
+    return np.asarray(draw(jax.random.split(jax.random.key(17), draws), log_weights))
 
 
 # Exact laws of the counts, from each scheme's definition.
@@ -116,13 +116,13 @@ LAWS = {
 }
 
 
-def _assert_law(seen, law):
+def _assert_law(seen, law, draws=DRAWS):
     """Frequencies of each outcome within 4.5 standard errors, and no outcome outside the law."""
     assert set(seen) <= {k for k, p in law.items() if p > 1e-12}
     assert sum(law.values()) == pytest.approx(1)
     for outcome, p in law.items():
-        error = 4.5 * math.sqrt(p * (1 - p) / DRAWS) + 1e-6
-        assert abs(seen.get(outcome, 0) / DRAWS - p) < error, (outcome, p)
+        error = 4.5 * math.sqrt(p * (1 - p) / draws) + 1e-6
+        assert abs(seen.get(outcome, 0) / draws - p) < error, (outcome, p)
 
 
 def _frequencies(rows):
@@ -142,8 +142,9 @@ def test_counts_have_the_schemes_exact_law_and_are_unbiased(method):
     np.testing.assert_array_less(np.abs(counts.mean(0) - N * WEIGHTS), 4 * error)
 
 
+@pytest.mark.parametrize("draws", [DRAWS, pytest.param(50 * DRAWS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", particles.METHODS)
-def test_conditional_version_is_bayes_rule_on_the_shuffled_scheme(method):
+def test_conditional_version_is_bayes_rule_on_the_shuffled_scheme(method, draws):
     law = defaultdict(float)
     for counts, p in LAWS[method](WEIGHTS).items():
         orders = set(itertools.permutations(np.repeat(np.arange(N), counts).tolist()))
@@ -152,7 +153,8 @@ def test_conditional_version_is_bayes_rule_on_the_shuffled_scheme(method):
                 law[slots] += p / len(orders)
     total = sum(law.values())
     assert total == pytest.approx(WEIGHTS[0])
-    _assert_law(_frequencies(_draws(method, True)), {slots: p / total for slots, p in law.items()})
+    law = {slots: p / total for slots, p in law.items()}
+    _assert_law(_frequencies(_draws(method, True, draws)), law, draws)
 
 
 def test_order_of_the_variances():
@@ -342,6 +344,8 @@ def test_take_gathers_trees_and_refuses_uneven_ones():
         particles.take({"a": jnp.zeros(3), "b": jnp.zeros(2)}, jnp.array([0]))
     with pytest.raises(ValueError, match="one common"):
         particles.take(jnp.zeros(()), jnp.array([0]))
+    with pytest.raises(TypeError, match="ancestors has dtype float32"):
+        particles.take(jnp.zeros(2), jnp.array([0.0]))
 
 
 def test_maybe_resample_keeps_the_estimate():

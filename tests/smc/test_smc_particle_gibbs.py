@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.flatten_util import ravel_pytree
 from scipy import optimize, stats
 
 from jaxgen.smc.conditional import conditional_smc
@@ -247,6 +248,25 @@ def test_the_score_needs_log_init():
         fisher_functional(walk, 1, Y)
 
 
+def test_the_functional_of_each_step_is_its_gradient():
+    theta = {k: jnp.float32(0.3) for k in ("a", "mean", "noise", "spread")}
+    functional, initial = fisher_functional(model_of, theta, Y)
+    x, x_next = jnp.float32(0.4), jnp.float32(-0.2)
+
+    def first(theta):
+        model = model_of(theta)
+        return model.log_init(x) + model.log_potential(x, Y[0], 0)
+
+    def third(theta):
+        model = model_of(theta)
+        return model.log_transition(x, x_next, 2) + model.log_potential(x_next, Y[2], 2)
+
+    for came, function in ((initial(x), first), (functional(x, x_next, jnp.int32(2)), third)):
+        exact = ravel_pytree(jax.grad(function)(theta))[0]
+        np.testing.assert_allclose(came, exact, rtol=1e-5, atol=1e-6)
+        assert np.any(exact != 0)
+
+
 # --- learning -------------------------------------------------------------------------------------
 
 SHRINKING = optax.sgd(lambda k: 0.02 / (1 + k / 20) ** 0.7)
@@ -291,6 +311,8 @@ def test_ascent_shows_its_progress_in_pieces_with_the_same_result(capsys):
     np.testing.assert_allclose(whole.history, shown.history, rtol=1e-5)
     np.testing.assert_allclose(whole.theta, whole.history[30:].mean(), rtol=1e-6)
     assert whole.last == whole.history[-1]
+    # The sweeps that the burn-in leaves out.
+    assert run(steps=60, burn_in=0).score[0] != whole.score[0]
     with pytest.raises(ValueError, match="steps is 0"):
         run(steps=0)
 

@@ -122,6 +122,14 @@ def test_a_cliff_in_the_likelihood():
     assert (out.x > 0).all()
 
 
+def test_a_likelihood_of_zero_everywhere_ends_at_once():
+    x = jax.random.normal(jax.random.key(0), (50, D))
+    out = smc.tempered(
+        jax.random.key(1), _log_prior, lambda x: jnp.float32(-jnp.inf), x, _walk, moves=1
+    )
+    assert int(out.steps) == 1 and np.isnan(out.x).all() and np.isnan(out.log_z)
+
+
 def test_too_few_temperatures_give_nan():
     def run(key):
         x = jax.random.normal(key, (50, D))

@@ -81,7 +81,7 @@ def sampler(
     particles: int,
     *,
     steps: int = 100,
-    noise: float = 1.0,
+    noise: float | None = None,
     corrected: bool = True,
     ess_threshold: float = 0.5,
 ) -> Callable[..., tuple[jax.Array, FeynmanKac]]:
@@ -92,7 +92,8 @@ def sampler(
       kind: ``"anneal"`` or ``"guide"``.
       particles: of a population.
       steps: of the grid.
-      noise: z of ``feynman_kac``.
+      noise: z of ``feynman_kac``; ``None`` is 1 for guidance, and for a power B above 4/3 what its
+        weights need, 2.5 - 2/B.
       corrected: ``False`` leaves out the weights.
       ess_threshold: see ``feynman_kac``.
 
@@ -114,6 +115,9 @@ def sampler(
         if kind == "guide" and label is None:
             raise ValueError("guidance needs a label")
         key_run, key_end, key_order = jax.random.split(key, 3)
+        z = noise
+        if z is None:
+            z = jnp.maximum(1.0, 2.5 - 2 / value) if kind == "anneal" else 1.0
         out = feynman_kac(
             key_run,
             _target(experiment, params, kind, value, label, particles),
@@ -121,7 +125,7 @@ def sampler(
             (particles, *experiment.train.event),
             steps=steps,
             t_start=t_start,
-            noise=noise,
+            noise=z,
             ess_threshold=ess_threshold,
             weights="trapezoid" if corrected else "none",
             resample="systematic" if corrected and particles > 1 else None,
