@@ -63,8 +63,8 @@ class Sample:
     guidance: float = 1.0
     """Scale of classifier-free guidance: 1 samples the label, more presses it, 0 ignores it."""
     steer: str | None = None
-    """anneal=1.5 samples the density to the power 1.5; guide=1.5 presses --label as --guidance does,
-    with the weights that make it the guided density (which from 2 on favours the unlikely). By
+    """anneal=1.5 samples the density to the power 1.5; guide=1.5 presses --label as --guidance
+    does, with the weights of the guided density (which from 2 on favours the unlikely). By
     weighted particles, in 100 steps; a picture of them goes beside --out."""
     particles: int = 64
     """With --steer: particles that are weighted against each other."""

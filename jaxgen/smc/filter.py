@@ -345,6 +345,8 @@ def _step(
 
         eta = jax.vmap(auxiliary)(state.x).astype(old.dtype)
         carried, weights = (state.x, eta), old + eta
+    # A run that is lost has been told so at its step; it goes on in NaN by its log_z.
+    weights = jnp.where(jnp.isnan(state.log_z), jnp.zeros_like(weights), weights)
     # After an unobserved step all weights may be equal, and resampling would only add noise.
     when = None if observed is None else _differ(weights, options.axis_name)
     new = maybe_resample(

@@ -115,9 +115,7 @@ def sampler(
         if kind == "guide" and label is None:
             raise ValueError("guidance needs a label")
         key_run, key_end, key_order = jax.random.split(key, 3)
-        z = noise
-        if z is None:
-            z = jnp.maximum(1.0, 2.5 - 2 / value) if kind == "anneal" else 1.0
+        safe = jnp.maximum(1.0, 2.5 - 2 / value) if kind == "anneal" else 1.0
         out = feynman_kac(
             key_run,
             _target(experiment, params, kind, value, label, particles),
@@ -125,7 +123,7 @@ def sampler(
             (particles, *experiment.train.event),
             steps=steps,
             t_start=t_start,
-            noise=z,
+            noise=safe if noise is None else noise,
             ess_threshold=ess_threshold,
             weights="trapezoid" if corrected else "none",
             resample="systematic" if corrected and particles > 1 else None,
