@@ -337,7 +337,8 @@ def ffbs(
 ) -> Any:
     """Forward filtering, backward sampling: paths from the smoothing law, as n grows.
 
-    Keeps the particles of all steps; the backward pass costs ``steps x n x paths`` exactly.
+    Keeps the particles of all steps; the backward pass costs ``steps x n x paths`` exactly. A
+    gradient through the paths knows nothing of how they were chosen: stop it.
 
     Args:
       key: a typed key.
