@@ -188,8 +188,9 @@ def test_the_level_of_the_noise_is_free_but_not_below_its_bound():
 
 def test_equal_experts_weigh_nothing():
     log_z, largest, _, _ = run("same")
-    assert (np.asarray(log_z) == 0).all()
-    assert (np.asarray(largest) == 0).all()
+    # Zero but for a fused multiply-add, which rounds one square and not the other.
+    assert np.abs(log_z).max() < 1e-12
+    assert np.abs(largest).max() < 1e-12
 
 
 @pytest.mark.parametrize("name", ["guidance", "product", "cold"])
