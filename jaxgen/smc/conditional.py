@@ -14,9 +14,7 @@ far worse: at early steps all lineages have met the reference's. FFBS is Godsill
 """
 
 import dataclasses
-import functools
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -198,21 +196,6 @@ def split_steps(*trees: Any) -> tuple[Any, Any]:
     )
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function(*arrays, options=...)`` compiled once for each hashable ``options``."""
-    jitted = jax.jit(function, static_argnames="options")
-
-    @functools.wraps(function)
-    def call(*args: Any, options: Any) -> Any:
-        try:
-            hash(options)
-        except TypeError:
-            return function(*args, options=options)
-        return jitted(*args, options=options)
-
-    return call
-
-
 # --- paths from stored particles ------------------------------------------------------------------
 
 
@@ -288,7 +271,7 @@ class _Ffbs:
     max_trials: int | None
 
 
-@compiled
+@_filter.compiled
 def _ffbs(key: jax.Array, observations: Any, observed: Any, *, options: _Ffbs) -> Any:
     steps = _filter._steps(observations)
     key_forward, key_backward = jax.random.split(key)
@@ -390,7 +373,7 @@ class _Sweep:
     path: str
 
 
-@compiled
+@_filter.compiled
 def _conditional_smc(
     key: jax.Array, observations: Any, observed: Any, reference: Any, *, options: _Sweep
 ) -> tuple[ConditionalSMC, jax.Array]:

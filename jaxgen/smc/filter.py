@@ -38,6 +38,7 @@ __all__ = [
     "Filter",
     "FilterInfo",
     "FilterState",
+    "compiled",
     "filter_init",
     "filter_step",
     "particle_filter",
@@ -278,13 +279,19 @@ def _options(
     return _Options(model, n, resample, float(ess_threshold), flat, axis_name, store)
 
 
-def _call(f: Callable[..., Any], *args: Any, options: _Options) -> Any:
-    """``f`` compiled once for each model, or as it is where the model cannot be hashed."""
-    try:
-        hash(options)
-    except TypeError:
-        return f.__wrapped__(*args, options=options)  # type: ignore[attr-defined]
-    return f(*args, options=options)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function(*arrays, options=...)`` compiled once for each hashable ``options``."""
+    jitted = jax.jit(function, static_argnames="options")
+
+    @functools.wraps(function)
+    def call(*args: Any, options: Any) -> Any:
+        try:
+            hash(options)
+        except TypeError:
+            return function(*args, options=options)
+        return jitted(*args, options=options)
+
+    return call
 
 
 def _close(
@@ -402,8 +409,8 @@ def _steps(observations: Any) -> int:
     return shapes[0][0]
 
 
-_compiled_init = jax.jit(_init, static_argnames="options")
-_compiled_step = jax.jit(_step, static_argnames="options")
+_compiled_init = compiled(_init)
+_compiled_step = compiled(_step)
 
 
 def filter_init(
@@ -438,7 +445,7 @@ def filter_init(
     """
     options = _options(model, n, "systematic", 1.0, functions, axis_name)
     args = (keys_.check(key), y, _observed(observed, ()))
-    return _call(_compiled_init, *args, options=options)
+    return _compiled_init(*args, options=options)
 
 
 def filter_step(
@@ -498,10 +505,10 @@ def filter_step(
     options = _options(model, n, resample, ess_threshold, functions, axis_name)
     state = FilterState(_strong(x), log_weights, jnp.asarray(log_z), jnp.asarray(t))
     args = (keys_.check(key), state, y, _observed(observed, ()))
-    return _call(_compiled_step, *args, options=options)
+    return _compiled_step(*args, options=options)
 
 
-@functools.partial(jax.jit, static_argnames="options")
+@compiled
 def _run(
     key: jax.Array, observations: Any, observed: jax.Array | None, *, options: _Options
 ) -> Filter:
@@ -615,4 +622,4 @@ def particle_filter(
         checks.positive_int("store", store, least=n)
     options = _options(model, n, resample, ess_threshold, functions, axis_name, store)
     args = (keys_.check(key), _strong(observations), _observed(observed, (steps,)))
-    return _call(_run, *args, options=options)
+    return _run(*args, options=options)

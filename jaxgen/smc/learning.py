@@ -195,7 +195,7 @@ class _Problem:
         )
 
 
-@conditional.compiled
+@_filter.compiled
 def _start(
     key: jax.Array, theta: Any, observations: Any, observed: Any, *, options: _Problem
 ) -> Any:
@@ -204,7 +204,7 @@ def _start(
     )
 
 
-@conditional.compiled
+@_filter.compiled
 def _climb(
     keys: jax.Array, state: Any, observations: Any, observed: Any, *, options: _Problem
 ) -> tuple[Any, Any]:

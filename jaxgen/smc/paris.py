@@ -253,7 +253,7 @@ def run(
 # --- the public functions -------------------------------------------------------------------------
 
 
-@conditional.compiled
+@_filter.compiled
 def _paris(
     key: jax.Array, observations: Any, observed: Any, reference: Any, *, options: Options
 ) -> tuple[Paris, jax.Array]:
@@ -383,7 +383,7 @@ def conditional_paris(
     return out
 
 
-@conditional.compiled
+@_filter.compiled
 def _paris_init(key: jax.Array, y: Any, observed: Any, *, options: Options) -> ParisState:
     return start(key, y, observed, None, options)[0]
 
@@ -421,7 +421,7 @@ def paris_init(
     return _paris_init(keys_.check(key), y, _filter._observed(observed, ()), options=options)
 
 
-@conditional.compiled
+@_filter.compiled
 def _paris_step(
     key: jax.Array, state: ParisState, y: Any, observed: Any, *, options: Options
 ) -> ParisState:

@@ -91,7 +91,7 @@ def sweep(
     return reference, estimates, is_dead[0]
 
 
-@conditional.compiled
+@_filter.compiled
 def _particle_gibbs(
     key: jax.Array, observations: Any, observed: Any, reference: Any, *, options: _Options
 ) -> tuple[ParticleGibbs, jax.Array]:
