@@ -5,6 +5,7 @@ every number that the run was made with.
 """
 
 import dataclasses
+import math
 import os
 import types
 import typing
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from jaxgen.train.manifest import replace_text
 
 __all__ = [
+    "ADDED",
     "MAY_CHANGE",
     "ConfigError",
     "Resolved",
@@ -27,7 +29,7 @@ __all__ = [
     "write_yaml",
 ]
 
-Process = Literal["vp", "sub_vp", "ve", "edm", "cosine", "rectified"]
+Process = Literal["vp", "sub_vp", "ve", "edm", "cosine", "rectified", "absorbing"]
 Prediction = Literal["edm", "noise", "data", "score", "v", "velocity"]
 Weighting = Literal["edm", "simple", "likelihood", "min_snr"]
 Times = Literal["lognormal", "uniform", "stratified", "importance", "stratified_importance"]
@@ -42,21 +44,31 @@ class ScoreConfig:
     """What a run is made with. Fields left at None are chosen to suit the data."""
 
     data: str = "digits"
-    """digits, mnist5k, moons, swissroll, checkerboard, gaussians, a folder of images or an .npz."""
+    """digits, mnist5k, moons, swissroll, checkerboard, gaussians, a folder of images or an .npz;
+    for --process absorbing text (Python's help topics) or text:FILE."""
     process: Process = "vp"
-    """How data become noise."""
+    """How data become noise; absorbing hides the characters of a text."""
     steps: int | None = None
     """Training steps in all, those of earlier runs in the same folder included."""
     seed: int = 0
     """Of the split, the order of the data, the network and the noise."""
     out: str | None = None
-    """The run's folder; by default runs/<data>-<process>, with -share<share> where it is shared."""
+    """The run's folder; by default runs/<data>-<process>, with -share<share> where it is shared and
+    -fp<weight> with --fokker-planck."""
 
     share: float | None = None
     """Train in a pool: 0.1 for a tenth of the weights, 5000 for so many slots, 1 for the dense run;
     biases, norms and layers of a few weights pass through uncounted."""
     share_scheme: Literal["stable", "roast", "hashednet"] = "stable"
     """Which slot of the pool makes each weight: STABLE-RPS, ROAST or HashedNets."""
+
+    fokker_planck: float | None = None
+    """For points in the plane: learn a log-density, with this weight on its Fokker-Planck residual;
+    0.1 brings the samplers with and without noise together, 0 is the same network without it."""
+    discrete_loss: Literal["t_dse", "t_dce", "lambda_dce", "k_dce"] = "lambda_dce"
+    """For text: which of the four equivalent losses."""
+    length: int | None = None
+    """For text: characters in one example."""
 
     batch_size: int | None = None
     """Examples in a step, over all devices together."""
@@ -127,6 +139,9 @@ class ScoreConfig:
     solver_steps: int | None = None
     """Its steps."""
 
+
+ADDED = ("share", "share_scheme", "fokker_planck", "discrete_loss", "length")
+"""Fields that older checkpoints do not know: left out of new ones too where they are not set."""
 
 MAY_CHANGE = (
     "steps",
@@ -217,6 +232,8 @@ def default_out(config: ScoreConfig) -> str:
         scheme = "" if config.share_scheme == "stable" else f"-{config.share_scheme}"
         # Twelve digits: 0.1 and 123456 are written as they were given.
         name += f"-share{config.share:.12g}{scheme}"
+    if config.fokker_planck is not None:
+        name += f"-fp{config.fokker_planck:.12g}"
     return str(Path("runs") / name)
 
 
@@ -249,6 +266,10 @@ def _check(config: Resolved, event: tuple[int, ...]) -> None:
         raise ConfigError(
             f"share is {config.share:g}; expected a share of the weights in (0, 1], or a whole "
             "number of slots"
+        )
+    if config.fokker_planck is not None and not 0 <= config.fokker_planck < math.inf:
+        raise ConfigError(
+            f"fokker_planck is {config.fokker_planck}; expected a weight of at least 0"
         )
     if not 0 < config.held_out < 1:
         raise ConfigError(f"held_out is {config.held_out}; expected a share between 0 and 1")

@@ -21,6 +21,7 @@ from jaxgen.train import data as datasets
 from jaxgen.train.manifest import replace_text
 from jaxgen.train.recipes import pictures
 from jaxgen.train.recipes.config import (
+    ADDED,
     MAY_CHANGE,
     ConfigError,
     Resolved,
@@ -162,11 +163,13 @@ def _layouts(experiment: Experiment) -> tuple[Layout, ...]:
 
 
 def _kept_config(experiment: Experiment) -> dict[str, Any]:
-    """The configuration for the checkpoints, which those from before sharing came can match."""
-    config = dataclasses.asdict(experiment.config)
-    if experiment.sharing is None:
-        del config["share"], config["share_scheme"]
-    return config
+    """The configuration for the checkpoints, which those from before a field came can match."""
+    config, plain = dataclasses.asdict(experiment.config), ScoreConfig()
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in ADDED or value != getattr(plain, name)
+    }
 
 
 def _shared(experiment: Experiment) -> dict[str, Any]:
