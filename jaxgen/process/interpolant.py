@@ -584,7 +584,9 @@ def interpolant(
     """
     path_fn = name if callable(name) else None
     kind = "path" if callable(name) else name
-    alpha_fn, beta_fn, default = None, None, "brownian"
+    alpha_fn: Any = None
+    beta_fn: Any = None
+    default = "brownian"
     if path_fn is None:
         checks.one_of("name", name, INTERPOLANTS)
         alpha_fn, beta_fn, default = INTERPOLANTS[kind]
