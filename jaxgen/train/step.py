@@ -28,7 +28,7 @@ from jaxgen.train.state import TrainState
 
 __all__ = ["LossFn", "Metrics", "make_train_step"]
 
-LossFn = Callable[[jax.Array, Any, Any], jax.Array]
+LossFn = Callable[..., jax.Array]
 
 
 class Metrics(NamedTuple):
@@ -55,6 +55,7 @@ def make_train_step(
     clip: float | None = 1.0,
     accumulate: int = 1,
     dtype: DTypeLike | None = None,
+    pass_step: bool = False,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Build ``step(state, batch) -> (state, metrics)``: pure, jitted, the state donated.
 
@@ -78,6 +79,8 @@ def make_train_step(
       dtype: floating dtype that ``loss_fn`` gets the parameters in (``jnp.bfloat16``), master
         parameters, gradients and sums staying as they are. The batch is not cast: a network that
         should compute in that dtype casts its own input (``dtype=`` of Flax layers).
+      pass_step: call ``loss_fn(key, params, batch, step)`` with the number of steps taken so far,
+        int32 ``()``, for a loss that changes as training goes on.
 
     Returns:
       The jitted step. The state that it is called with is deleted: keep only the one returned.
@@ -94,11 +97,11 @@ def make_train_step(
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype is {dtype}; expected a floating dtype or None")
 
-    def mean_loss(params: Any, key: jax.Array, batch: Any) -> jax.Array:
+    def mean_loss(params: Any, key: jax.Array, batch: Any, taken: jax.Array) -> jax.Array:
         n = _batch_size(batch)
         if dtype is not None:
             params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        losses = loss_fn(key, params, batch)
+        losses = loss_fn(key, params, batch, *((taken,) if pass_step else ()))
         if jnp.shape(losses) != (n,):
             raise ValueError(
                 f"loss_fn returned shape {jnp.shape(losses)}; expected one loss per example, ({n},)"
@@ -107,10 +110,12 @@ def make_train_step(
 
     gradient = jax.value_and_grad(mean_loss)
 
-    def accumulated(params: Any, key: jax.Array, batch: Any) -> tuple[jax.Array, Any]:
+    def accumulated(
+        params: Any, key: jax.Array, batch: Any, taken: jax.Array
+    ) -> tuple[jax.Array, Any]:
         def body(total: Any, xs: Any) -> tuple[Any, None]:
             j, micro = xs
-            part = gradient(params, jax.random.fold_in(key, j), micro)
+            part = gradient(params, jax.random.fold_in(key, j), micro, taken)
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, part), None
 
         zeros = jax.tree.map(
@@ -145,7 +150,7 @@ def make_train_step(
         n = _batch_size(batch)
         key = jax.random.fold_in(state.key, state.step)
         compute = gradient if accumulate == 1 else accumulated
-        loss, grads = compute(state.params, key, batch)
+        loss, grads = compute(state.params, key, batch, state.step)
 
         norm = _global_norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)

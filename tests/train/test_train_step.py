@@ -115,6 +115,23 @@ def test_step_i_draws_from_the_key_folded_with_i(key):
         np.testing.assert_allclose(metrics.loss, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_may_see_the_step(key, accumulate):
+    def loss(key, params, batch, step):
+        assert step.dtype == jnp.int32 and step.shape == ()
+        return step.astype(jnp.float32) ** 2 * params["w"][0] + batch
+
+    optimizer = optax.sgd(1.0)
+    step = make_train_step(loss, optimizer, clip=None, accumulate=accumulate, pass_step=True)
+    state = start(key, optimizer)
+    for i in range(4):
+        before = float(state.params["w"][0])
+        state, metrics = step(state, jnp.zeros(N))
+        np.testing.assert_allclose(metrics.grad_norm, i**2, rtol=1e-6)
+        np.testing.assert_allclose(state.params["w"][0], before - i**2, rtol=1e-6)
+    assert step._cache_size() == 1
+
+
 def test_clipping_by_the_global_norm(key):
     optimizer = optax.sgd(1.0)
     w = np.array([0.5, -1.0, 2.0])
