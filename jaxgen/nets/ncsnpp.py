@@ -116,11 +116,21 @@ _NCSNPP = NCSNppConfig(
     centered=False,
 )
 
+
+def _slimflow(width: int, channel_mults: tuple[int, ...], blocks: int) -> NCSNppConfig:
+    """A small DDPM++ of SlimFlow (Zhu et al., arXiv 2407.12718), named by its parameters."""
+    return NCSNppConfig(width=width, channel_mults=channel_mults, blocks=blocks, dropout=0.15)
+
+
 NCSNPP_CONFIGS: dict[str, NCSNppConfig] = {
     "ncsnpp_cifar10": _NCSNPP,
     "ncsnpp_deep_cifar10": dataclasses.replace(_NCSNPP, blocks=8),
     "ddpmpp_cifar10": _DDPMPP,
     "ddpmpp_deep_cifar10": dataclasses.replace(_DDPMPP, blocks=8),
+    "slimflow_27_9m": _slimflow(128, (1, 2, 2), 2),
+    "slimflow_15_7m": _slimflow(96, (1, 2, 2), 2),
+    "slimflow_7_0m": _slimflow(64, (1, 2, 2), 2),
+    "slimflow_3_4m": _slimflow(64, (1, 1, 2), 1),
 }
 
 
@@ -128,8 +138,9 @@ def ncsnpp(name: str, *, dtype: Dtype | None = None) -> "NCSNpp":
     """Build a published network by the name of its configuration in `NCSNPP_CONFIGS`.
 
     Args:
-        name: one of ``ncsnpp_cifar10``, ``ncsnpp_deep_cifar10``, ``ddpmpp_cifar10`` and
-            ``ddpmpp_deep_cifar10``.
+        name: one of ``ncsnpp_cifar10``, ``ncsnpp_deep_cifar10``, ``ddpmpp_cifar10``,
+            ``ddpmpp_deep_cifar10``, and SlimFlow's ``slimflow_27_9m``, ``slimflow_15_7m``,
+            ``slimflow_7_0m`` and ``slimflow_3_4m``.
         dtype: dtype of the computation, None for that of the input.
 
     Returns:

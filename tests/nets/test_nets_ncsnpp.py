@@ -17,6 +17,10 @@ COUNTS = {
     "ncsnpp_deep_cifar10": 107_587_075,
     "ddpmpp_cifar10": 61_804_419,
     "ddpmpp_deep_cifar10": 106_632_579,
+    "slimflow_27_9m": 27_906_179,
+    "slimflow_15_7m": 15_707_235,
+    "slimflow_7_0m": 6_989_891,
+    "slimflow_3_4m": 3_437_123,
 }
 SMALL = {"width": 4, "channel_mults": (1, 2), "blocks": 1, "attention": (4,)}
 
@@ -25,8 +29,8 @@ def small(name, **changes):
     return nets.NCSNpp(dataclasses.replace(nets.NCSNPP_CONFIGS[name], **SMALL, **changes))
 
 
-def count(net, channels=3):
-    x, t = jnp.zeros((1, 32, 32, channels)), jnp.ones((1,))
+def count(net, channels=3, side=32):
+    x, t = jnp.zeros((1, side, side, channels)), jnp.ones((1,))
     return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(net.init, KEY, x, t)))
 
 
@@ -47,6 +51,12 @@ def ncsnpp_variables():
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameter_count_is_the_published_one(name):
     assert count(nets.ncsnpp(name)) == COUNTS[name]
+
+
+def test_parameter_count_where_a_wider_level_attends():
+    # At 64 x 64 the last level is the one of 16 x 16, and twice as wide as the one before here.
+    assert count(nets.ncsnpp("slimflow_3_4m"), side=64) == 3_536_195
+    assert count(nets.ncsnpp("slimflow_7_0m"), side=64) == COUNTS["slimflow_7_0m"]
 
 
 def test_parameter_count_with_sinusoidal_embedding():
