@@ -10,7 +10,8 @@ mu)
 
 and a mixture's fields are these, averaged with the posterior weights of the components. Neither
 (2) nor (3) divides by alpha or sigma, so they hold at both ends of time. An empirical data set is a
-mixture with C_k = 0. These are the oracles of the tests and of many a first notebook.
+mixture with C_k = 0. These are the oracles of the tests and of many a first notebook. Beside them
+stand the fields of an interpolant between two mixtures (``two_mixtures``).
 """
 
 import dataclasses
@@ -22,11 +23,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxgen.core import checks, keys
-from jaxgen.core.arrays import batch_event
+from jaxgen.core.arrays import batch_event, matmul
 from jaxgen.process.linear import LinearSDE, Rates
 from jaxgen.score.prediction import from_parts
+from jaxgen.score.two_mixtures import TwoMixtures, two_mixtures
 
-__all__ = ["ClosedForm", "empirical", "gaussian", "mixture"]
+__all__ = ["ClosedForm", "TwoMixtures", "empirical", "gaussian", "mixture", "two_mixtures"]
 
 # Entries of one block of the (examples, components, dimensions) array of differences.
 _BLOCK = 2**24
@@ -70,7 +72,7 @@ class ClosedForm:
         centred_means = self.means - mu[None]
         difference = (x - mu)[None] - r.alpha * centred_means
         if self.basis is not None:
-            difference = jnp.einsum("kij,ki->kj", self.basis, difference)
+            difference = jnp.einsum("kij,ki->kj", self.basis, difference, precision="highest")
         spread = r.alpha**2 * self.variances + r.sigma**2
         whitened = difference / spread
         log_probs = -0.5 * jnp.sum(
@@ -82,10 +84,10 @@ class ClosedForm:
         weights = jnp.exp(log_weights)
         pulled = r.alpha * self.variances * whitened
         if self.basis is not None:
-            pulled = jnp.einsum("kij,kj->ki", self.basis, pulled)
-            whitened = jnp.einsum("kij,kj->ki", self.basis, whitened)
-        data = weights @ (centred_means + pulled)
-        noise = r.sigma * (weights @ whitened)
+            pulled = jnp.einsum("kij,kj->ki", self.basis, pulled, precision="highest")
+            whitened = jnp.einsum("kij,kj->ki", self.basis, whitened, precision="highest")
+        data = matmul(weights, centred_means + pulled)
+        noise = r.sigma * matmul(weights, whitened)
         return _Posterior(log_prob, log_weights, data, noise)
 
     def _mu(self) -> jax.Array:
@@ -191,7 +193,7 @@ class ClosedForm:
             z = jax.random.normal(key_normal, self.means.shape[1:], self.means.dtype)
             z = jnp.sqrt(self.variances[i]) * z
             if self.basis is not None:
-                z = self.basis[i] @ z
+                z = matmul(self.basis[i], z)
             return (self.means[i] + z).reshape(self.event_shape)
 
         key_data, key_noise = jax.random.split(keys.check(key))
