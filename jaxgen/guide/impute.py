@@ -22,7 +22,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxgen.core import checks
-from jaxgen.core.arrays import batch_event, left_broadcast
+from jaxgen.core.arrays import batch_event, left_broadcast, matmul
 from jaxgen.process.linear import LinearSDE
 from jaxgen.solve.noise import sample_keys
 
@@ -69,7 +69,7 @@ class Imputation:
         if self.basis is None:
             return jnp.where(self.mask, known, x)
         basis = self.basis.astype(x.dtype)
-        return jnp.where(self.mask, known @ basis, x @ basis) @ basis.T
+        return matmul(jnp.where(self.mask, matmul(known, basis), matmul(x, basis)), basis.T)
 
     def start(self, key: jax.Array, dtype: Any) -> jax.Array:
         """First state: the known coordinates, and the prior elsewhere, ``(batch, *event)``."""
@@ -165,6 +165,6 @@ def impute(
     matrix = _basis(basis, y.shape[-1] if event else 0)
     values = jnp.where(held, y, jnp.zeros_like(y))
     if matrix is not None:
-        values = values @ matrix.astype(y.dtype).T
+        values = matmul(values, matrix.astype(y.dtype).T)
     poisoned = jnp.where(valid, values, jnp.nan)
     return Imputation(sde, poisoned, held | ~valid, matrix, len(event), first_index)

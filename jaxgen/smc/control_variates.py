@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.scipy.special import logsumexp
 from jax.typing import ArrayLike
 
-from jaxgen.core.arrays import safe_sqrt
+from jaxgen.core.arrays import matmul, safe_sqrt
 from jaxgen.core.checks import floating, positive_int
 
 __all__ = [
@@ -193,7 +193,7 @@ def iscv_estimate(
     unit = jax.lax.stop_gradient(jnp.max(jnp.abs(centred), axis=0))
     unit = jnp.where(unit == 0, 1.0, unit)
     scaled = centred / unit[None]
-    gram = scaled.T @ scaled
+    gram = matmul(scaled.T, scaled)
     squares = jnp.diagonal(gram)
     variance = squares / (n * (n - 1))
     std_err = unit * safe_sqrt(variance)
@@ -266,13 +266,13 @@ def optimal_mixture_weights(
         carry: tuple[jax.Array, jax.Array, jax.Array],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         i, alpha, _ = carry
-        slope = g @ (c / (alpha @ g) ** 2)
+        slope = matmul(g, c / matmul(alpha, g) ** 2)
         new = alpha * jnp.sqrt(slope)
         total = jnp.sum(new)
         new = jnp.where(total == 0, alpha, new / jnp.where(total == 0, 1.0, total))
         new = jnp.where(alpha > 0, jnp.maximum(new, least), new)
         # F is convex and alpha @ slope is F: this share bounds F - min F before the step.
-        return i + 1, new, jnp.max(slope) / (alpha @ slope) - 1
+        return i + 1, new, jnp.max(slope) / matmul(alpha, slope) - 1
 
     steps = positive_int("steps", steps)
     start = jnp.int32(0), alpha / jnp.sum(alpha), jnp.asarray(jnp.inf, alpha.dtype)
@@ -300,4 +300,6 @@ def delta_method(
     """
     mean, cov = floating("mean", mean), floating("cov", cov)
     slope = jax.jacobian(function)(mean)
-    return function(mean), jnp.sqrt(jnp.einsum("...i,ij,...j->...", slope, cov, slope))
+    return function(mean), jnp.sqrt(
+        jnp.einsum("...i,ij,...j->...", slope, cov, slope, precision="highest")
+    )

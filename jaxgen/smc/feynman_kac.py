@@ -59,6 +59,7 @@ from jaxgen.core.arrays import (
     at_least_f32,
     cast_coefficient,
     event_size,
+    matmul,
     sum_event,
 )
 from jaxgen.particles.resample import METHODS, maybe_resample
@@ -168,7 +169,7 @@ def _begin(
             log_2pi_u = math.log(2 * math.pi) + level.log_u
             log_z = size / 2 * ((1 - total) * log_2pi_u - jnp.log(total)) + at_end
         else:
-            own = known_log_probs(run, level, raw(run, level, y)) @ level.exponents
+            own = matmul(known_log_probs(run, level, raw(run, level, y)), level.exponents)
             log_normal = -0.5 * sum_event(n**2) - size / 2 * jnp.log(2 * math.pi * variance)
             weights, log_z = own - log_normal, at_end
         if run.target.reward is not None:

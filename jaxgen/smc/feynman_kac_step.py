@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxgen.core.arrays import cast_coefficient, safe_sqrt, sum_event
+from jaxgen.core.arrays import cast_coefficient, matmul, safe_sqrt, sum_event
 from jaxgen.process.linear import LinearSDE
 from jaxgen.smc.target import Density, Target, at_time, noises, per_particle, value_and_grad_of
 from jaxgen.solve.phi import phi
@@ -165,7 +165,7 @@ def evaluate(run: Run, level: Level, y: jax.Array) -> Node:
 
 def _log_target(level: Level, node: Node) -> jax.Array:
     assert node.log_probs is not None
-    total = node.log_probs @ level.exponents
+    total = matmul(node.log_probs, level.exponents)
     return total if node.reward is None else total + level.tilt * node.reward
 
 
@@ -239,7 +239,7 @@ def increment(
 
     out = -(there.log_u - here.log_u) * mean("rate")
     if pending.log_probs is not None:
-        out = out + mean("log_probs") @ (there.exponents - here.exponents)
+        out = out + matmul(mean("log_probs"), there.exponents - here.exponents)
     if pending.reward is not None:
         out = out + (there.tilt - here.tilt) * mean("reward")
         out = out + (there.log_alpha - here.log_alpha) * mean("slide")

@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 
 from jaxgen.core import checks
 from jaxgen.core import keys as keys_
+from jaxgen.core.arrays import matmul
 from jaxgen.smc.state_space import StateSpaceModel
 
 __all__ = [
@@ -226,14 +227,14 @@ def _half_log_det(chol: jax.Array) -> jax.Array:
 
 def _gain(cov: jax.Array, h: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Kalman's gain and the covariance of the innovation."""
-    s = h @ cov @ h.T + r
+    s = matmul(h, cov, h.T) + r
     factor = (jnp.linalg.cholesky(s), True)
-    return jax.scipy.linalg.cho_solve(factor, h @ cov).T, s
+    return jax.scipy.linalg.cho_solve(factor, matmul(h, cov)).T, s
 
 
 def _joseph(cov: jax.Array, gain: jax.Array, h: jax.Array, r: jax.Array) -> jax.Array:
-    left = jnp.eye(cov.shape[0], dtype=cov.dtype) - gain @ h
-    return left @ cov @ left.T + gain @ r @ gain.T
+    left = jnp.eye(cov.shape[0], dtype=cov.dtype) - matmul(gain, h)
+    return matmul(left, cov, left.T) + matmul(gain, r, gain.T)
 
 
 def _inputs(
@@ -282,11 +283,11 @@ def kalman_filter(
         t, y, seen = inputs
         f, b, q, h, c, r = params.at(t)
         first = t == 0
-        predicted = jnp.where(first, mean, f @ mean + b)
-        predicted_cov = jnp.where(first, cov, f @ cov @ f.T + q)
-        residual = jnp.where(seen, y - h @ predicted - c, 0.0)
+        predicted = jnp.where(first, mean, matmul(f, mean) + b)
+        predicted_cov = jnp.where(first, cov, matmul(f, cov, f.T) + q)
+        residual = jnp.where(seen, y - matmul(h, predicted) - c, 0.0)
         gain, s = _gain(predicted_cov, h, r)
-        mean = predicted + gain @ residual
+        mean = predicted + matmul(gain, residual)
         cov = jnp.where(seen, _joseph(predicted_cov, gain, h, r), predicted_cov)
         grown = jnp.where(seen, _log_normal(residual, s), 0.0)
         return (mean, cov), (grown, mean, cov, predicted, predicted_cov)
@@ -323,11 +324,11 @@ def kalman_smoother(
         t, mean, cov, predicted, predicted_cov = inputs
         f = params.at(t + 1)[0]
         factor = (jnp.linalg.cholesky(predicted_cov), True)
-        gain = jax.scipy.linalg.cho_solve(factor, f @ cov).T
-        mean = mean + gain @ (mean_next - predicted)
+        gain = jax.scipy.linalg.cho_solve(factor, matmul(f, cov)).T
+        mean = mean + matmul(gain, mean_next - predicted)
         # In Joseph's form: cov + gain (cov_next - predicted_cov) gain^T without the difference.
-        smoothed = _joseph(cov, gain, f, params.at(t + 1)[2]) + gain @ cov_next @ gain.T
-        return (mean, smoothed), (mean, smoothed, gain @ cov_next)
+        smoothed = _joseph(cov, gain, f, params.at(t + 1)[2]) + matmul(gain, cov_next, gain.T)
+        return (mean, smoothed), (mean, smoothed, matmul(gain, cov_next))
 
     last = (done.means[-1], done.covs[-1])
     inputs = (
@@ -359,15 +360,15 @@ def simulate(key: jax.Array, params: LinearGaussian, steps: int) -> tuple[jax.Ar
     dtype = params.initial_mean.dtype
 
     def normal(key: jax.Array, cov: jax.Array) -> jax.Array:
-        return jnp.linalg.cholesky(cov) @ jax.random.normal(key, cov.shape[:1], dtype)
+        return matmul(jnp.linalg.cholesky(cov), jax.random.normal(key, cov.shape[:1], dtype))
 
     def step(x: jax.Array, inputs: Any) -> Any:
         t, key = inputs
         state_key, observation_key = jax.random.split(key)
         f, b, q, h, c, r = params.at(t)
         first = params.initial_mean + normal(state_key, params.initial_cov)
-        x = jnp.where(t == 0, first, f @ x + b + normal(state_key, q))
-        return x, (x, h @ x + c + normal(observation_key, r))
+        x = jnp.where(t == 0, first, matmul(f, x) + b + normal(state_key, q))
+        return x, (x, matmul(h, x) + c + normal(observation_key, r))
 
     return jax.lax.scan(step, params.initial_mean, (jnp.arange(steps), keys))[1]
 
@@ -383,10 +384,10 @@ class _Normal(NamedTuple):
     half_log_det: jax.Array
 
     def draw(self, key: jax.Array) -> jax.Array:
-        return self.root @ jax.random.normal(key, self.root.shape[:1], self.root.dtype)
+        return matmul(self.root, jax.random.normal(key, self.root.shape[:1], self.root.dtype))
 
     def log_prob(self, residual: jax.Array) -> jax.Array:
-        return _log_white(self.white @ residual, self.half_log_det)
+        return _log_white(matmul(self.white, residual), self.half_log_det)
 
 
 def _normal(cov: jax.Array) -> _Normal:
@@ -416,11 +417,11 @@ def _model(params: LinearGaussian, proposal: str, auxiliary: bool) -> StateSpace
 
     def mean(x: jax.Array, t: jax.Array) -> jax.Array:
         f, b, *_ = params.at(t)
-        return f @ x + b
+        return matmul(f, x) + b
 
     def seen(x: jax.Array, t: jax.Array) -> jax.Array:
         *_, h, c, _ = params.at(t)
-        return h @ x + c
+        return matmul(h, x) + c
 
     def init(key: jax.Array) -> jax.Array:
         return params.initial_mean + initial.draw(key)
@@ -468,7 +469,7 @@ def _model(params: LinearGaussian, proposal: str, auxiliary: bool) -> StateSpace
 
     def centre(x_prev: jax.Array, y: jax.Array, t: jax.Array) -> jax.Array:
         ahead = mean(x_prev, t)
-        return ahead + given(t)[0] @ (y - seen(ahead, t))
+        return ahead + matmul(given(t)[0], y - seen(ahead, t))
 
     def propose(key: jax.Array, x_prev: jax.Array, y: jax.Array, t: jax.Array) -> jax.Array:
         return centre(x_prev, y, t) + given(t)[2].draw(key)
@@ -480,7 +481,8 @@ def _model(params: LinearGaussian, proposal: str, auxiliary: bool) -> StateSpace
     gain0, _, initial0 = corrected(params.initial_cov, h0, r0)
 
     def centre0(y: jax.Array) -> jax.Array:
-        return params.initial_mean + gain0 @ (y - seen(params.initial_mean, jnp.int32(0)))
+        ahead = y - seen(params.initial_mean, jnp.int32(0))
+        return params.initial_mean + matmul(gain0, ahead)
 
     return made(
         propose=propose,

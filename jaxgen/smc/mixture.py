@@ -26,7 +26,7 @@ from jax.scipy.special import logsumexp
 from jax.typing import ArrayLike
 
 from jaxgen.core import keys
-from jaxgen.core.arrays import at_least_f32
+from jaxgen.core.arrays import at_least_f32, matmul
 from jaxgen.core.checks import floating, positive_int
 
 __all__ = [
@@ -134,10 +134,10 @@ def cross_entropy_fit(
     """
     x, log_w = _points(x, log_w)
     p = jax.nn.softmax(log_w)
-    mean = p @ x
+    mean = matmul(p, x)
     centred = x - mean[None]
     extra = jnp.broadcast_to(jnp.asarray(jitter, x.dtype), mean.shape)
-    cov = jnp.diag(p @ centred**2) if diagonal else (centred * p[:, None]).T @ centred
+    cov = jnp.diag(matmul(p, centred**2)) if diagonal else matmul((centred * p[:, None]).T, centred)
     if prior_cov is not None:
         ess = 1 / jnp.sum(p**2)
         prior_cov = floating("prior_cov", prior_cov)
@@ -245,7 +245,7 @@ def _gaussian_log_prob(means: jax.Array, scales: jax.Array, x: jax.Array) -> jax
     d = x.shape[1]
     eye = jnp.eye(d, dtype=scales.dtype)
     inverse = jax.vmap(lambda scale: solve_triangular(scale, eye, lower=True))(scales)
-    z = jnp.einsum("cij,ncj->nci", inverse, x[:, None] - means[None])
+    z = jnp.einsum("cij,ncj->nci", inverse, x[:, None] - means[None], precision="highest")
     log_det = jnp.sum(jnp.log(jnp.diagonal(scales, axis1=1, axis2=2)), axis=1)
     return -0.5 * jnp.sum(z**2, axis=-1) - (log_det + 0.5 * d * math.log(2 * math.pi))[None]
 
@@ -280,6 +280,6 @@ def mixture_sample(key: jax.Array, mixture: Mixture, n: int) -> jax.Array:
         level = edges[-1] * (1 - u[0]) / 2
         at = jnp.minimum(jnp.sum(edges < level), j * k - 1)
         z = math.sqrt(2) * jax.lax.erf_inv(u[1:])
-        return means.at[at].get(mode="clip") + scales.at[at].get(mode="clip") @ z
+        return means.at[at].get(mode="clip") + matmul(scales.at[at].get(mode="clip"), z)
 
     return keys.map_batch(draw, key, (n,))

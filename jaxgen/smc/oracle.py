@@ -110,5 +110,6 @@ def hmm_enumerate(
     estimate = None
     if functional is not None:
         values = jax.vmap(functional)(paths)
-        estimate = jnp.tensordot(probs, values.astype(probs.dtype), axes=1)
-    return Enumeration(log_z, paths, log_probs, jnp.einsum("p,pts->ts", probs, one_hot), estimate)
+        estimate = jnp.tensordot(probs, values.astype(probs.dtype), axes=1, precision="highest")
+    marginals = jnp.einsum("p,pts->ts", probs, one_hot, precision="highest")
+    return Enumeration(log_z, paths, log_probs, marginals, estimate)

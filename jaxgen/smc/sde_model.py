@@ -26,7 +26,7 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from jaxgen.core import checks
-from jaxgen.core.arrays import at_least_f32
+from jaxgen.core.arrays import at_least_f32, matmul
 from jaxgen.smc.kalman import LinearGaussian, linear_gaussian
 from jaxgen.smc.state_space import StateSpaceModel
 from jaxgen.solve.drivers import scan_terms
@@ -85,18 +85,21 @@ def discretize_linear_sde(
         raise ValueError(f"drift_offset has shape {offset.shape}; expected {a.shape[:1]}")
     short = jnp.asarray(h, a.dtype) / 2**_DOUBLINGS
     # Taylor series to third order: what is left out is below rounding at that length.
-    ah, q1 = a * short, root @ root.T * short
-    q2 = a @ q1 + (a @ q1).T
-    q3 = a @ q2 + (a @ q2).T
+    ah, q1 = a * short, matmul(root, root.T) * short
+    aq1 = matmul(a, q1)
+    q2 = aq1 + aq1.T
+    aq2 = matmul(a, q2)
+    q3 = aq2 + aq2.T
     eye = jnp.eye(a.shape[0], dtype=a.dtype)
-    e = ah @ (eye + ah @ (eye + ah / 3) / 2)
-    b = (eye + ah @ (eye + ah / 3) / 2) @ offset * short
+    series = eye + matmul(ah, eye + ah / 3) / 2
+    e, b = matmul(ah, series), matmul(series, offset) * short
     q = q1 + q2 * (short / 2) + q3 * (short**2 / 6)
 
     def double(_: Any, carry: Any) -> Any:
         e, b, q = carry
-        eq = e @ q
-        return 2 * e + e @ e, 2 * b + e @ b, 2 * q + eq + eq.T + eq @ e.T
+        eq = matmul(e, q)
+        squared, offset = 2 * e + matmul(e, e), 2 * b + matmul(e, b)
+        return squared, offset, 2 * q + eq + eq.T + matmul(eq, e.T)
 
     e, b, q = jax.lax.fori_loop(0, _DOUBLINGS, double, (e, b, q))
     return e + eye, b, 0.5 * (q + q.T)
@@ -290,7 +293,9 @@ def sde_model(
         root = jax.jacfwd(move)(still)
         residual = ravel_pytree(x_next)[0] - move(still)
         centre = jnp.zeros_like(residual)
-        log_prob = jax.scipy.stats.multivariate_normal.logpdf(residual, centre, root @ root.T)
+        log_prob = jax.scipy.stats.multivariate_normal.logpdf(
+            residual, centre, matmul(root, root.T)
+        )
         return jnp.asarray(log_prob)
 
     has_density = substeps == 1 and type(method) is diffrax.Euler
