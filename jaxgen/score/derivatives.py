@@ -11,7 +11,9 @@ With J the Jacobian of one example's output in its own input, and v a random pro
 (1) is exact and costs one Jacobian-vector product per entry of an example, (2) is Hutchinson's
 estimator (Hutchinson 1989; Grathwohl et al., arXiv 1810.01367, section 3.1) and costs one; (3)
 needs two probes, because the square of one estimate is biased by its variance. All products are
-forward mode: the field is evaluated once, whatever the number of directions.
+forward mode: the field is evaluated once, whatever the number of directions. A scalar's gradient
+and time derivative come together from one reverse sweep (``scalar_derivatives``), and (4) from
+forward products of that sweep.
 
 A batched field must treat its examples independently (no batch statistics), or (1) to (4) would
 mix them. States in reduced precision are lifted to float32 before the field is called, and the
@@ -20,6 +22,7 @@ derivatives are float32 or wider.
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +34,9 @@ from jaxgen.score.prediction import Field
 
 __all__ = [
     "PROBES",
+    "ScalarDerivatives",
     "probes",
+    "scalar_derivatives",
     "unbiased_square",
     "value_and_divergence",
     "value_and_jvp",
@@ -328,3 +333,80 @@ def value_and_laplacian(
         return along(directions)
     curvatures = _over_directions(lambda v: along(v)[1], directions, wide.size)
     return at(wide), jnp.mean(curvatures, axis=0)
+
+
+class ScalarDerivatives(NamedTuple):
+    """A scalar field and its derivatives, from ``scalar_derivatives``; all float32 or wider.
+
+    Attributes:
+      value: ``(batch,)`` or ``()``.
+      gradient: in the state, like ``x``.
+      in_time: partial derivative in time, of ``value``'s shape.
+      laplacian: of ``value``'s shape; ``(n, batch)`` or ``(n,)`` estimates for ``n`` probes.
+    """
+
+    value: jax.Array
+    gradient: jax.Array
+    in_time: jax.Array
+    laplacian: jax.Array
+
+
+def scalar_derivatives(
+    function: Field,
+    x: ArrayLike,
+    t: ArrayLike,
+    probe: ArrayLike | None = None,
+    *,
+    event_ndim: int | None = None,
+) -> ScalarDerivatives:
+    """Gradient, time derivative and Laplacian of one number per example, from one evaluation.
+
+    Args:
+      function: maps ``(x, t)`` to one real number per example, such as a log-density.
+      x: states ``(batch, *event)``, real.
+      t: times, ``()`` or ``(batch,)``.
+      probe: ``None`` for the exact Laplacian, one forward product per entry of an example; ``x``'s
+        shape for one estimate (4), or ``(n, *x.shape)`` for ``n`` estimates, which are not
+        averaged. See ``probes``.
+      event_ndim: ``x.ndim`` if ``x`` is one example.
+
+    Raises:
+      ValueError: shapes that do not fit, or a function that returns no number per example.
+      TypeError: ``x`` is no real floating array, or the output is not.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> x = jnp.ones((2, 3))
+      >>> scalar_derivatives(lambda x, t: t * jnp.sum(x**2, axis=-1), x, 0.5).laplacian.tolist()
+      [3.0, 3.0]
+    """
+    _, x, wide, t = _lift(function, x, t, event_ndim)
+    batch, _ = batch_event(x, event_ndim)
+    time = t.astype(at_least_f32(t.dtype))
+
+    def at(y: jax.Array, s: jax.Array) -> jax.Array:
+        out = checks.floating("function(x, t)", function(y, s))
+        if out.shape != batch:
+            raise ValueError(
+                f"function(x, t) returned shape {out.shape} for x of shape {x.shape}; expected "
+                f"one number per example, {batch}"
+            )
+        return out.astype(wide.dtype)
+
+    def slopes(y: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        value, pull = jax.vjp(at, y, time)
+        gradient, in_time = pull(jnp.ones_like(value))
+        return gradient, (value, in_time)
+
+    gradient, push, (value, in_time) = jax.linearize(slopes, wide, has_aux=True)
+
+    def along(v: jax.Array) -> jax.Array:
+        return sum_event(v * push(v), event_ndim)
+
+    if probe is None:
+        laplacian = _over_basis(along, wide, event_ndim)
+    else:
+        directions = _directions(probe, wide, "probe")
+        is_one = directions.ndim == wide.ndim
+        laplacian = along(directions) if is_one else _over_directions(along, directions, wide.size)
+    return ScalarDerivatives(value, gradient, in_time, laplacian)

@@ -150,6 +150,34 @@ def test_laplacian_of_a_density_and_of_a_field(state):
         np.testing.assert_allclose(value, (x**4).sum(1) * t, rtol=1e-5)
 
 
+def test_a_scalar_and_all_its_derivatives_from_one_evaluation(state):
+    x, t = state
+    calls = []
+
+    def counted(x, t):
+        calls.append((x.shape, t.shape))
+        return _quartic(x, t)
+
+    found = jax.jit(lambda x, t: derivatives.scalar_derivatives(counted, x, t))(x, t)
+    assert calls == [((6, 3), (6,))]
+    np.testing.assert_allclose(found.value, (x**4).sum(1) * t, rtol=1e-5)
+    np.testing.assert_allclose(found.gradient, 4 * x**3 * t[:, None], rtol=1e-5)
+    np.testing.assert_allclose(found.in_time, (x**4).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(found.laplacian, 12 * (x**2).sum(1) * t, rtol=1e-5)
+    # The Hessian is diagonal, so that each sign gives it exactly.
+    probes = derivatives.probes(jax.random.key(2), x.shape, n=2)
+    two = derivatives.scalar_derivatives(_quartic, x, t, probes).laplacian
+    np.testing.assert_allclose(two, jnp.stack([found.laplacian] * 2), rtol=1e-5)
+    one = derivatives.scalar_derivatives(_quartic, x[2], 0.5, probes[0, 2], event_ndim=1)
+    np.testing.assert_allclose(one.laplacian, 6 * (x[2] ** 2).sum(), rtol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"returned shape \(6, 3\).*one number per example, \(6,\)"
+    ):
+        derivatives.scalar_derivatives(lambda x, t: x, x, t)
+    with pytest.raises(TypeError, match=r"function\(x, t\) has dtype int32"):
+        derivatives.scalar_derivatives(lambda x, t: jnp.ones(6, int), x, t)
+
+
 def _quartic(x, t):
     return jnp.sum(x**4, axis=-1) * t
 
