@@ -11,7 +11,7 @@ import pytest
 from jaxgen.metrics.wasserstein import wasserstein2, wasserstein2_histograms
 
 N = np.arange(40)
-X = np.stack([np.cos(1.7 * N), np.sin(2.3 * N) + 0.025 * I], 1).astype(np.float32)
+X = np.stack([np.cos(1.7 * N), np.sin(2.3 * N) + 0.025 * N], 1).astype(np.float32)
 Y = np.stack([1.2 * np.sin(0.9 * N) + 0.5, np.cos(3.1 * N) ** 3], 1).astype(np.float32)
 POINTS, HISTOGRAMS, SOLIDS = 0.8660077917852519, 0.7006844703190078, 0.801687332114996
 
