@@ -16,6 +16,7 @@ gamma in (3). A curve of the user's for ``I`` has no closed form.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -28,6 +29,9 @@ from jaxgen.core.arrays import batch_event
 from jaxgen.process.interpolant import Interpolant
 
 __all__ = ["TwoMixtures", "two_mixtures"]
+
+# Accelerators multiply float32 in fewer bits unless asked.
+_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +50,7 @@ class _Mixture:
         if self.covs.ndim == 2:
             return self.means[i] + jnp.sqrt(self.covs[i]) * z
         values, vectors = jnp.linalg.eigh(self.covs[i])
-        return self.means[i] + vectors @ (jnp.sqrt(jnp.maximum(values, 0)) * z)
+        return self.means[i] + _einsum("de,e->d", vectors, jnp.sqrt(jnp.maximum(values, 0)) * z)
 
 
 class _Coefficients(NamedTuple):
@@ -116,7 +120,7 @@ class TwoMixtures:
             return both + jnp.expand_dims(noise * unit, (0, 1))
 
         def times(matrix: jax.Array, w: jax.Array) -> jax.Array:
-            return jnp.einsum("ijde,ije->ijd", matrix, w) if is_full else matrix * w
+            return _einsum("ijde,ije->ijd", matrix, w) if is_full else matrix * w
 
         difference = jnp.expand_dims(x, (0, 1)) - pairs(c.alpha * m, c.beta * n)
         cov = mix(c.alpha**2, c.beta**2, c.gamma**2)
@@ -136,7 +140,7 @@ class TwoMixtures:
         weights = jnp.exp(joint - log_prob)
 
         def average(values: jax.Array) -> jax.Array:
-            return jnp.einsum("ij,ijd->d", weights, values)
+            return _einsum("ij,ijd->d", weights, values)
 
         # Of a one-sided interpolant alpha' may be infinite, and the mean of x0 is zero.
         shift0 = jnp.zeros_like(m) if self.interp.one_sided else c.alpha_dot * m
