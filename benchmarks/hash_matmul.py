@@ -3,6 +3,7 @@
 4096 x 4096, batch 256, float32: forward and both gradients in one jitted call; then a whole
 training step with Adam, where the smaller state counts. Memory is that of the compiled program.
 The ``rule`` cases time the two XLA forms against each other: ``implementation=None`` goes by them.
+On a GPU the kernel is timed against the dense layer and both XLA forms.
 A layer of PyTorch that looks each weight up by a stored index is timed where torch is installed.
 """
 
@@ -125,6 +126,8 @@ def run(*, quick: bool) -> Iterator[Result | Missing]:
             note=note,
         )
     yield from _rule(quick)
+    if jax.default_backend() == "gpu" and not quick:
+        yield from _on_gpu()
     yield _against_torch(k, n, x, dy, keys[2])
 
 
@@ -151,6 +154,38 @@ def _rule(quick: bool) -> Iterator[Result]:
             lambda f=sides[0], x=x, pool=pool: f(x, pool),
             lambda f=sides[1], x=x, pool=pool: f(x, pool),
             peer_name="xla_expand",
+        )
+
+
+def _on_gpu() -> Iterator[Result]:
+    """The GPU kernel in bfloat16 against the dense layer, and the XLA forms beside it."""
+    for rows, compression in ((16, 16), (256, 4), (256, 16), (256, 64), (1024, 16), (4096, 16)):
+        shape = {"w": jax.ShapeDtypeStruct((4096, 4096), jnp.float32)}
+        spec = share.leaf(share.plan(shape, 1 / compression, tile=(128, 128)), "w")
+        keys = jax.random.split(jax.random.key(1), 4)
+        x, dy = (jax.random.normal(k, (rows, 4096), jnp.bfloat16) for k in keys[:2])
+        pool = jax.random.normal(keys[2], (spec.m,), jnp.bfloat16)
+        w = jax.random.normal(keys[3], (4096, 4096), jnp.bfloat16)
+
+        def by(name, spec=spec, dy=dy):
+            return _loss(lambda x, p: share.hashed_matmul(x, p, spec, implementation=name), dy)
+
+        kernel, dense = by("mosaic_gpu"), _loss(lambda x, w: x @ w, dy)
+        for name in ("xla_expand", "xla_loop"):
+            form = by(name)
+            yield compare(
+                "hash_matmul",
+                f"gpu_{rows}_rows_{compression}x_{name}",
+                lambda f=kernel, x=x, pool=pool: f(x, pool),
+                lambda f=form, x=x, pool=pool: f(x, pool),
+                peer_name=name,
+            )
+        yield compare(
+            "hash_matmul",
+            f"gpu_{rows}_rows_{compression}x_dense",
+            lambda f=kernel, x=x, pool=pool: f(x, pool),
+            lambda f=dense, x=x, w=w: f(x, w),
+            peer_name="the dense layer",
         )
 
 

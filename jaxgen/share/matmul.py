@@ -4,7 +4,7 @@
 gradient in x and the gradient in the pool. Each can be asked for by name:
 
 - ``"xla"``: ``"xla_loop"``, blocks of the weight one after the other, or ``"xla_expand"``, the
-  whole weight for the moment of the product, by a measured rule;
+  whole weight for the moment of the product, by a rule measured for CPUs;
 - ``"mosaic_tpu"``, ``"mosaic_gpu"``: Pallas kernels, for tiled layouts;
 - ``"interpret"``: the TPU kernel, interpreted on any machine, for tests.
 """
@@ -13,7 +13,7 @@ import functools
 import importlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -26,6 +26,15 @@ from jaxgen.share.kernels import xla
 from jaxgen.share.layout import Spec
 
 __all__ = ["hashed_matmul"]
+
+
+class _Chosen(NamedTuple):
+    """The implementation on each kind of device."""
+
+    tpu: str
+    gpu: str
+    other: str
+
 
 _NAMES = ("xla", "xla_loop", "xla_expand", "mosaic_tpu", "mosaic_gpu", "interpret")
 
@@ -49,8 +58,10 @@ def hashed_matmul(
       pool: ``(m,)``, floating.
       spec: a leaf of shape ``(K, N)``, from ``leaf``.
       implementation: a name of the module, or several, tried in order; ``None`` takes
-        ``"mosaic_tpu"`` on a TPU where it serves the leaf, else ``"xla"``. ``"mosaic_gpu"`` is
-        lowered for CUDA and interpreted in tests; no GPU has run it yet, so it must be asked for.
+        ``"mosaic_tpu"`` on a TPU where it serves the leaf, ``"xla_expand"`` on a GPU, else
+        ``"xla"``. ``"mosaic_gpu"`` must be asked for: it holds no weight, and on an H200 it is
+        ahead of ``"xla_expand"`` up to a few hundred rows of ``x`` at high compression, behind it
+        with thousands (``benchmarks/README.md``).
 
     Returns:
       ``(*batch, N)`` in ``x``'s dtype.
@@ -120,13 +131,12 @@ def _reason(name: str, x: jax.Array, pool: jax.Array, spec: Spec) -> str | None:
 
 def _choose(
     x: jax.Array, pool: jax.Array, spec: Spec, implementation: str | Sequence[str] | None
-) -> tuple[str, str]:
-    """The implementation on a TPU, and elsewhere."""
+) -> _Chosen:
     if implementation is None:
         plain = _xla_rule(spec)
         # No kernel is imported for a leaf that has no tiles to rotate.
         fused = spec.unit > 1 and _reason("mosaic_tpu", x, pool, spec) is None
-        return ("mosaic_tpu" if fused else plain), plain
+        return _Chosen("mosaic_tpu" if fused else plain, "xla_expand", plain)
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     if not names:
         raise ValueError("implementation names none; expected one of " + ", ".join(_NAMES))
@@ -136,7 +146,7 @@ def _choose(
         name = _xla_rule(spec) if name == "xla" else name
         reason = _reason(name, x, pool, spec)
         if reason is None:
-            return name, name
+            return _Chosen(name, name, name)
         reasons.append(f"{name}: {reason}")
     raise NotImplementedError(f"{spec.path} of shape {spec.shape}: " + "; ".join(reasons))
 
@@ -170,24 +180,27 @@ def _backward_by(
     return module.grad_x(dy, pool, spec, **options), dpool.astype(pool.dtype)
 
 
-def _by_platform(function: Any, names: tuple[str, str], *operands: Any) -> Any:
-    tpu, plain = (functools.partial(function, name) for name in names)
-    if names[0] == names[1]:
-        return plain(*operands)
-    return lax.platform_dependent(*operands, tpu=tpu, default=plain)
+def _by_platform(function: Any, names: _Chosen, *operands: Any) -> Any:
+    tpu, gpu, other = (functools.partial(function, name) for name in names)
+    if len(set(names)) == 1:
+        return other(*operands)
+    # A branch that is the default is left out: each is traced.
+    branches = {"tpu": tpu} if names.tpu != names.other else {}
+    branches |= {"cuda": gpu, "rocm": gpu} if names.gpu != names.other else {}
+    return lax.platform_dependent(*operands, default=other, **branches)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _matmul(x: jax.Array, pool: jax.Array, spec: Spec, names: tuple[str, str]) -> jax.Array:
+def _matmul(x: jax.Array, pool: jax.Array, spec: Spec, names: _Chosen) -> jax.Array:
     return _by_platform(lambda name, x, pool: _forward_by(name, x, pool, spec), names, x, pool)
 
 
-def _matmul_fwd(x: jax.Array, pool: jax.Array, spec: Spec, names: tuple[str, str]) -> Any:
+def _matmul_fwd(x: jax.Array, pool: jax.Array, spec: Spec, names: _Chosen) -> Any:
     return _matmul(x, pool, spec, names), (x, pool)
 
 
 def _matmul_bwd(
-    spec: Spec, names: tuple[str, str], saved: tuple[jax.Array, jax.Array], dy: jax.Array
+    spec: Spec, names: _Chosen, saved: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     return _by_platform(
         lambda name, x, pool, dy: _backward_by(name, x, pool, dy, spec), names, *saved, dy

@@ -387,20 +387,25 @@ def test_one_block_is_expanded_and_more_are_looped_over(blocks_of):
         blocks_of(block)
         for implementation in (None, "xla"):
             chosen = share.matmul._choose(jnp.ones((2, 16)), jnp.ones(64), spec, implementation)
-            assert set(chosen) == {form}
+            on_gpu = "xla_expand" if implementation is None else form
+            assert chosen == (form, on_gpu, form)
     other = dataclasses.replace(spec, scheme="hashednet")
     chosen = share.matmul._choose(jnp.ones((2, 16)), jnp.ones(64), other, None)
     assert set(chosen) == {"xla_expand"}
 
 
-def test_a_leaf_with_tiles_has_the_kernel_on_a_tpu_and_the_plain_form_elsewhere():
+def test_a_leaf_with_tiles_has_the_kernel_on_a_tpu_and_a_plain_form_elsewhere():
     spec = second_leaf(256, 256, 2**15, tile=(128, 128))
     inputs = draw(spec, batch=(8,))
     half = jnp.ones(spec.m, jnp.float16)
     assert set(share.matmul._choose(half[None], half, spec, None)) == {"xla_expand"}
     for dtype in (jnp.float32, jnp.bfloat16):
         x, pool, dy = (jnp.asarray(v, dtype) for v in inputs)
-        assert share.matmul._choose(x, pool, spec, None) == ("mosaic_tpu", "xla_expand")
+        assert share.matmul._choose(x, pool, spec, None) == (
+            "mosaic_tpu",
+            "xla_expand",
+            "xla_expand",
+        )
         y, dx, dpool = jax.jit(product(None, spec))(x, pool, dy)
         plain = jax.jit(product("xla_expand", spec))(x, pool, dy)
         for found, expected in zip((y, dx, dpool), plain, strict=True):
