@@ -13,9 +13,10 @@ clean data. Per sequence of length l, with sums over the masked positions of x (
   autoregression.
 
 The last two have the same expectation, an upper bound on -log p(x0), exact for exact conditionals.
-The first two integrate lam from lam(t_min) to lam(1) only, and so leave out a little of it.
+The first two integrate lam from lam(t_min) to lam(1) only, and so leave out a little of it. Of all
+but k_dce the variance grows as log(1/lam) of the smallest level drawn: measure by k_dce.
 
-The levels are drawn per example, or with less variance over a batch of n: ``"stratified"``, u_i =
+The levels are drawn per example, or spread evenly over a batch of n: ``"stratified"``, u_i =
 (u + i/n) mod 1 with one u (Kingma et al., arXiv 2107.00630, appendix I.1), of which each is still
 uniform; or ``"decoupled"``, (u_i + i)/n, where example i keeps to its own nth of the levels, so
 that only the batch's mean is unbiased.
@@ -72,11 +73,8 @@ def log_conditionals(
     Raises:
       ValueError: logits of another shape. TypeError: logits that are not real floating.
     """
-    if lam is None:
-        logits = field(x)
-    else:
-        logits = field(x, jnp.broadcast_to(jnp.asarray(lam), x.shape[:-1]))
-    logits = checks.floating("field(x)", logits)
+    level = () if lam is None else (jnp.broadcast_to(jnp.asarray(lam), x.shape[:-1]),)
+    logits = checks.floating("field(x)", field(x, *level))
     size = process.vocabulary
     if logits.shape not in ((*x.shape, size), (*x.shape, size + 1)):
         raise ValueError(
