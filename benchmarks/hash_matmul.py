@@ -168,7 +168,7 @@ def _on_gpu() -> Iterator[Result]:
         w = jax.random.normal(keys[3], (4096, 4096), jnp.bfloat16)
 
         def by(name, spec=spec, dy=dy):
-            return _loss(lambda x, p: share.hashed_matmul(x, p, spec, implementation=name), dy)
+            return _loss(lambda a, p: share.hashed_matmul(a, p, spec, implementation=name), dy)
 
         kernel, dense = by("mosaic_gpu"), _loss(lambda x, w: x @ w, dy)
         for name in ("xla_expand", "xla_loop"):
