@@ -16,6 +16,7 @@ shipped (any ``distance`` serves). A distilled network is no longer a flow: more
 its samples worse.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -52,12 +53,6 @@ def _pair(batch: Any) -> tuple[Any, Any, Any]:
     return batch.x0, batch.x1, getattr(batch, "label", None)
 
 
-def _of(velocity: Velocity, params: Any, label: Any) -> Callable[..., jax.Array]:
-    if label is None:
-        return lambda x, t: velocity(params, x, t)
-    return lambda x, t, label: velocity(params, x, t, label)
-
-
 def reflow_loss(
     velocity: Velocity,
     beta: Callable[[jax.Array], jax.Array],
@@ -84,7 +79,7 @@ def reflow_loss(
         key_noise, key_time = jax.random.split(key)
         return flow_matching_loss(
             key_time,
-            _of(velocity, params, label),
+            functools.partial(velocity, params),
             anneal_noise(key_noise, x0, beta(step)),
             x1,
             t_min=t_min,
@@ -125,7 +120,7 @@ def distillation_loss(
 
     def loss(key: jax.Array, params: Any, batch: Any) -> jax.Array:
         x0, x1, label = _pair(batch)
-        student = _of(velocity, params, label)
+        student = functools.partial(velocity, params)
         key_pairs, key_fresh = jax.random.split(key)
         on_pairs = flow_matching_loss(
             key_pairs,
@@ -142,7 +137,7 @@ def distillation_loss(
         on_fresh = flow_guided_loss(
             key_fresh,
             student,
-            _of(velocity, teacher, label),
+            functools.partial(velocity, teacher),
             jnp.shape(x0),
             first=first,
             t_range=t_range,

@@ -46,6 +46,9 @@ MANIFEST = "manifest.json"
 
 DIRECTIONS = ("from_noise", "to_noise")
 
+# Sets the key of a noisy solver's own noise apart from those of the pairs.
+_SOLVER = 0xFFFFFFFF
+
 
 class Pairs(NamedTuple):
     """Partners: ``x1[i]`` is where the flow takes ``x0[i]``.
@@ -256,7 +259,7 @@ def _maker(
         if steps is None:
             return Pairs(z, decode(field, sde, x, **adaptive).x)
         drawn = sample(
-            jax.random.fold_in(key, -1),
+            jax.random.fold_in(key, _SOLVER),
             field,
             sde,
             shape,
