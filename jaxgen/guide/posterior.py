@@ -12,8 +12,8 @@ the field, whose pull-back is kept; then DDIM (``guide.inverse``) about x0h, and
 variance of x0 given x_t where the data are N(m, v I), and for an f that is not linear ``pinv(y) -
 pinv(f(x0h))`` is pulled back.
 
-(2) moves the state by a share that is not Bayes'. Tweedie's formula for p_t(x | y) in PiGDM's
-approximation moves the estimate of the data,
+The share in (2) is not Bayes': with noise in y its law is off however many the steps. Tweedie's
+formula for p_t(x | y) in PiGDM's approximation moves the estimate of the data,
 
     x0h' = x0h + (sigma^2 / (alpha r^2)) J^T pinv(y - A x0h, sigma_y^2/r^2),                (3)
 
