@@ -297,16 +297,24 @@ def _rectified_inverse(value, *params):
     return jax.nn.sigmoid(-0.5 * value)
 
 
-def rectified() -> LinearSDE:
-    """Rectified flow, x_t = (1 - t) x0 + t z: prior N(0, I), t in [1e-5, 1 - 1e-5].
+def rectified(*, t_max: ArrayLike = 1.0 - 1e-5) -> LinearSDE:
+    """Rectified flow, x_t = (1 - t) x0 + t z: prior N(0, I), t in [1e-5, t_max].
 
     Its velocity is noise minus data. The proper ends are 0 and 1; at 1 the drift is infinite.
+
+    Args:
+      t_max: last time; a network that was taught no later ones is not asked about them.
+
+    Raises:
+      ValueError: not ``1e-5 < t_max < 1``.
     """
+    _check_order("1e-5", 1e-5, "t_max", t_max, floor=0.0)
+    _check_order("t_max", t_max, "1", 1.0, floor=0.0)
     return LinearSDE(
         _rectified_log_alpha,
         _edm_sigma,
         t_min=1e-5,
-        t_max=1.0 - 1e-5,
+        t_max=t_max,
         prior_std=1.0,
         kind="rectified",
         alpha_fn=_rectified_alpha,

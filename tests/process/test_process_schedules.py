@@ -222,11 +222,23 @@ def test_ouve_has_the_published_numbers_and_solves_its_equation():
         (lambda: process.ouve(0.0, sigma_min=1.0), "expected sigma_min < sigma_max"),
         (lambda: process.ouve(0.0, t_min=2.0), "expected t_min < t_max"),
         (lambda: process.ve(float("nan")), "sigma_min is nan"),
+        (lambda: process.rectified(t_max=1.5), "t_max is 1.5"),
+        (lambda: process.rectified(t_max=0.0), "expected 1e-5 < t_max"),
     ],
 )
 def test_constructors_name_what_is_wrong(build, word):
     with pytest.raises(ValueError, match=word):
         build()
+
+
+def test_rectified_flow_may_end_early():
+    sde = process.rectified(t_max=0.999)
+    np.testing.assert_allclose(sde.sigma(sde.t_max), 0.999, rtol=1e-6)
+    assert np.isnan(sde.sigma(0.9995)) and float(sde.sigma(1.0)) == 1.0
+    np.testing.assert_array_equal(
+        sde.prior_sample(jax.random.key(0), (2, 3)),
+        process.rectified().prior_sample(jax.random.key(0), (2, 3)),
+    )
 
 
 def test_constructors_take_tracers():
