@@ -240,8 +240,8 @@ def anneal_schedule(
       ValueError: an unknown kind, or a horizon out of range.
 
     Example:
-      >>> float(anneal_schedule("cosine", 100)(50))
-      0.5
+      >>> float(anneal_schedule("linear", 100)(25))
+      0.75
     """
     checks.one_of("kind", kind, ANNEALINGS)
     if kind == "constant":
@@ -326,7 +326,7 @@ def flow_guided_loss(
     if first == "teacher":
         first_half = checks.cast_field_output(of_teacher(z, start), z, "teacher")
     share = left_broadcast(t, z)
-    middle = z + share * jax.lax.stop_gradient(first_half)
+    middle = z + share * first_half
     second_half = checks.cast_field_output(of_teacher(middle, t), z, "teacher")
     end = jax.lax.stop_gradient(middle + (1 - share) * second_half)
     return _distance(distance, z + one_step, end, event_ndim)
