@@ -45,7 +45,7 @@ def test_parameters_are_as_many_as_the_architecture_says(made):
     if given:
         condition = net.condition
         total += depth * 6 * width * (condition + 1)
-            total += condition * (condition // 2 + 1) + condition * (condition + 1)
+        total += condition * (condition // 2 + 1) + condition * (condition + 1)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == total
 
 
