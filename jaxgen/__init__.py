@@ -2,10 +2,10 @@
 
 The rooms are imported on first use: ``jaxgen.process`` (how data becomes noise), ``jaxgen.score``
 (what a network is taught), ``jaxgen.solve`` (from noise back to data), ``jaxgen.guide``
-(conditions and inverse tasks), ``jaxgen.mcmc`` (chains), ``jaxgen.smc`` (weighted particles at
-work) over ``jaxgen.particles`` (weights and resampling), ``jaxgen.share`` (fewer parameters than
-weights), ``jaxgen.prune`` (masks over parameters), ``jaxgen.metrics``, ``jaxgen.nets`` and
-``jaxgen.train``.
+(conditions and inverse tasks), ``jaxgen.adapt`` (changing a trained network), ``jaxgen.mcmc``
+(chains), ``jaxgen.smc`` (weighted particles at work) over ``jaxgen.particles`` (weights and
+resampling), ``jaxgen.share`` (fewer parameters than weights), ``jaxgen.prune`` (masks over
+parameters), ``jaxgen.metrics``, ``jaxgen.nets`` and ``jaxgen.train``.
 """
 
 import importlib
@@ -14,6 +14,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _ROOMS = (
+    "adapt",
     "core",
     "guide",
     "mcmc",

@@ -23,7 +23,7 @@ def _modules():
 def test_importing_starts_no_device_and_no_plotting():
     code = (
         "import sys, jaxgen\n"
-        "from jaxgen import guide, mcmc, metrics, nets, particles, process, prune\n"
+        "from jaxgen import adapt, guide, mcmc, metrics, nets, particles, process, prune\n"
         "from jaxgen import score, share, smc, solve, train\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge.backends_are_initialized()\n"
@@ -40,6 +40,12 @@ def test_functions_stay_callable_beside_modules_of_their_name():
     for name in ("resample", "paris", "particle_gibbs", "feynman_kac", "sde_model", "tempered"):
         assert inspect.isfunction(getattr(jaxgen.smc, name))
     assert inspect.isfunction(jaxgen.particles.resample)
+    assert inspect.isfunction(jaxgen.guide.red_diff)
+    assert inspect.isfunction(jaxgen.guide.restore)
+    assert inspect.isfunction(jaxgen.process.interpolant)
+    assert inspect.isfunction(jaxgen.process.absorbing)
+    assert inspect.isfunction(jaxgen.solve.straightness)
+    assert inspect.isfunction(jaxgen.solve.ode_sde_gap)
     for room in jaxgen._ROOMS:
         module = getattr(jaxgen, room)
         missing = [n for n in module.__all__ if not hasattr(module, n)]

@@ -124,7 +124,7 @@ def wasserstein2_histograms(p: ArrayLike, q: ArrayLike, *, spacing: float = 1.0)
     Example:
       >>> import jax.numpy as jnp
       >>> p = jnp.zeros((4, 4)).at[0, 0].set(1.0)
-      >>> float(wasserstein2_histograms(p, p[::-1, ::-1], spacing=0.5).round(4))
+      >>> round(float(wasserstein2_histograms(p, p[::-1, ::-1], spacing=0.5)), 4)
       2.1213
     """
     p, q = checks.floating("p", p), checks.floating("q", q)

@@ -22,6 +22,7 @@ from jaxgen.nets.embedding import (
 from jaxgen.nets.level_classifier import LevelClassifier, LevelMLP
 from jaxgen.nets.mlp import MLP
 from jaxgen.nets.ncsnpp import NCSNPP_CONFIGS, NCSNpp, NCSNppConfig, ncsnpp
+from jaxgen.nets.potential import PotentialMLP
 from jaxgen.nets.resample import (
     depth_to_space,
     fir_down,
@@ -42,6 +43,7 @@ __all__ = [
     "LevelMLP",
     "NCSNpp",
     "NCSNppConfig",
+    "PotentialMLP",
     "TimeEmbedding",
     "UNet",
     "depth_to_space",

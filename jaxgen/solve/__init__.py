@@ -3,6 +3,7 @@
 from jaxgen.solve.chain import Chain, Step
 from jaxgen.solve.corrector import LangevinCorrector, langevin_corrector
 from jaxgen.solve.ddim import DDIM, ddim
+from jaxgen.solve.discrete import DiscreteSample, ordered_sample, radd_sample
 from jaxgen.solve.dpm_solver_v3 import DPMSolverV3, dpmv3
 from jaxgen.solve.euler_maruyama import EulerMaruyama
 from jaxgen.solve.euler_time import EulerTime
@@ -11,6 +12,8 @@ from jaxgen.solve.exponential import Multistep
 from jaxgen.solve.grids import GRIDS, make_grid
 from jaxgen.solve.heun import Heun
 from jaxgen.solve.heun_time import HeunTime
+from jaxgen.solve.interpolant import InterpolantSample, interpolant_sample, interpolant_terms
+from jaxgen.solve.interpolant_likelihood import InterpolantLikelihood, interpolant_log_likelihood
 from jaxgen.solve.likelihood import Likelihood, log_likelihood
 from jaxgen.solve.mean_reverting import (
     mr_euler_sample,
@@ -21,12 +24,14 @@ from jaxgen.solve.mean_reverting import (
     mr_sample,
 )
 from jaxgen.solve.multistep import ExponentialMultistep, deis, dpm, dpmpp, unipc
+from jaxgen.solve.ode_sde_gap import Gap, ode_sde_bound, ode_sde_gap
 from jaxgen.solve.path import GridPath
 from jaxgen.solve.phi import phi
 from jaxgen.solve.predictor_corrector import annealed_langevin, predictor_corrector
 from jaxgen.solve.predictors import as_predictor
 from jaxgen.solve.quantization import bits_per_dim, dequantize
 from jaxgen.solve.ranking import RankingConfig
+from jaxgen.solve.reflow import Pairs, reflow_pairs
 from jaxgen.solve.registry import SOLVERS
 from jaxgen.solve.sample import sample
 from jaxgen.solve.schedule import (
@@ -55,6 +60,7 @@ from jaxgen.solve.statistics import (
     load_statistics,
     save_statistics,
 )
+from jaxgen.solve.straightness import straightness
 from jaxgen.solve.terms import probability_flow, reverse_sde
 from jaxgen.solve.thresholding import clip_to, dynamic_threshold, thresholded
 from jaxgen.solve.transport import Transport, decode, encode
@@ -66,18 +72,23 @@ __all__ = [
     "SOLVERS",
     "Chain",
     "DPMSolverV3",
+    "DiscreteSample",
     "EulerMaruyama",
     "EulerTime",
     "EvolutionConfig",
     "ExponentialMultistep",
+    "Gap",
     "GridPath",
     "GridSolver",
     "Heun",
     "HeunTime",
+    "InterpolantLikelihood",
+    "InterpolantSample",
     "LangevinCorrector",
     "Level",
     "Likelihood",
     "Multistep",
+    "Pairs",
     "RankingConfig",
     "Sample",
     "ScheduleSolver",
@@ -111,6 +122,9 @@ __all__ = [
     "encode",
     "estimate_statistics",
     "evaluate_schedules",
+    "interpolant_log_likelihood",
+    "interpolant_sample",
+    "interpolant_terms",
     "langevin_corrector",
     "load_schedule",
     "load_statistics",
@@ -123,9 +137,14 @@ __all__ = [
     "mr_posterior_sample",
     "mr_sample",
     "mutate",
+    "ode_sde_bound",
+    "ode_sde_gap",
+    "ordered_sample",
     "phi",
     "predictor_corrector",
     "probability_flow",
+    "radd_sample",
+    "reflow_pairs",
     "reverse_sde",
     "sample",
     "save_schedule",
@@ -135,6 +154,7 @@ __all__ = [
     "schedule_times",
     "search",
     "stack_schedules",
+    "straightness",
     "thresholded",
     "unipc",
     "usf",
