@@ -11,7 +11,13 @@ import tyro
 from jaxgen.cli.errors import CommandError
 from jaxgen.cli.flags import parse
 from jaxgen.cli.report import figures_text
-from jaxgen.cli.runs import check_run, check_solver, explained
+from jaxgen.cli.runs import (
+    check_run,
+    check_solver,
+    check_text_solver,
+    explained,
+    stored_process,
+)
 
 __all__ = ["run"]
 
@@ -20,7 +26,7 @@ PROG = "jaxgen evaluate"
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Measure a trained run again, and write its metrics.json and samples.png anew.
+    """Measure a trained run again, and write its metrics.json and samples anew.
 
     For example:
 
@@ -44,17 +50,20 @@ def run(words: Sequence[str]) -> int:
     """Carry out ``jaxgen evaluate``."""
     args = parse(Evaluate, words, prog=PROG)
     check_run(args.dir)
-    if args.solver is not None or args.steps is not None:
+    is_text = stored_process(args.dir) == "absorbing"
+    if is_text:
+        check_text_solver(args.solver or "tweedie", args.steps)
+    elif args.solver is not None or args.steps is not None:
         check_solver(args.solver or "heun", args.steps)
     if (args.n is not None and args.n < 2) or (args.likelihood is not None and args.likelihood < 1):
         raise CommandError("give --n of at least 2 and --likelihood of at least 1")
 
     from jaxgen import solve
-    from jaxgen.train.recipes.run import measure, open_run
+    from jaxgen.train.recipes.run import measure, open_run, open_text_run
 
-    trained = open_run(args.dir)
+    trained = open_text_run(args.dir, text=True) if is_text else open_run(args.dir)
     steps = args.steps
-    if steps is None and args.solver is not None:
+    if steps is None and args.solver is not None and not is_text:
         steps = solve.SOLVERS[args.solver].steps
     changes = {
         "eval_samples": args.n,

@@ -20,6 +20,15 @@ def figures_text(figures: Mapping[str, Any]) -> str:
                 f"likelihood      {figures[name]} +- {figures[name + '_standard_error']} {unit} "
                 f"({how['examples']} held-out examples{levels})"
             )
+    if "bits_per_char" in figures:
+        how, simple = figures["likelihood"], figures["baselines"]
+        lines.append(
+            f"likelihood      at most {figures['bits_per_char']} +- "
+            f"{figures['bits_per_char_standard_error']} bits per character ({how['examples']} "
+            f"held-out examples of {how['length']})"
+        )
+        shown = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in simple.items())
+        lines.append(f"{'for comparison':<16}{shown} bits per character of the same text")
     for name, title in (("frechet", "Frechet"), ("sliced_wasserstein", "sliced Wass.")):
         if name in figures:
             found = figures[name]
@@ -43,10 +52,10 @@ def figures_text(figures: Mapping[str, Any]) -> str:
             f"fingerprint {', '.join(share['fingerprints'])})"
         )
     made = figures["samples"]
+    grid = f" on the {made['grid']} grid" if "grid" in made else ""
     lines.append(
         f"samples         {made['count']}, averaged parameters (EMA {made['ema']}), "
-        f"{made['solver']} on the {made['grid']} grid, {made['steps']} steps, "
-        f"{made['evaluations']} evaluations"
+        f"{made['solver']}{grid}, {made['steps']} steps, {made['evaluations']} evaluations"
     )
     seconds = figures["seconds"]
     lines.append(

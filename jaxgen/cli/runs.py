@@ -14,8 +14,10 @@ __all__ = [
     "check_out",
     "check_run",
     "check_solver",
+    "check_text_solver",
     "explained",
     "named_solver",
+    "stored_process",
     "write_npz",
 ]
 
@@ -50,6 +52,27 @@ def check_solver(name: str, steps: int | None, *, more: tuple[str, ...] = ()) ->
         raise CommandError(f"solver {name!r} is unknown; choose one of {', '.join(names)}")
     if steps is not None and steps < 1:
         raise CommandError(f"--steps is {steps}; give at least 1")
+
+
+def check_text_solver(name: str, steps: int | None) -> None:
+    """Refuse a rule of sampling text that does not exist, and a number of steps that makes none.
+
+    Raises:
+      CommandError: which are there.
+    """
+    from jaxgen.process.absorbing import METHODS
+
+    if name not in METHODS:
+        raise CommandError(f"solver {name!r} is not for text; choose one of {', '.join(METHODS)}")
+    if steps is not None and steps < 1:
+        raise CommandError(f"--steps is {steps}; give at least 1")
+
+
+def stored_process(folder: Path) -> str:
+    """The process of the run in a folder; a run on text is ``"absorbing"``."""
+    from jaxgen.train.recipes.config import ScoreConfig, read_yaml
+
+    return read_yaml(folder / "config.yaml", ScoreConfig()).process
 
 
 def named_solver(name: str, trained: Any, **options: Any) -> Any:

@@ -15,8 +15,10 @@ from jaxgen.cli.runs import (
     check_out,
     check_run,
     check_solver,
+    check_text_solver,
     explained,
     named_solver,
+    stored_process,
     write_npz,
 )
 
@@ -40,16 +42,18 @@ class Sample:
       jaxgen sample runs/labelled --label 3 --guidance 2
       jaxgen sample runs/labelled --label 3 --steer guide=2
       jaxgen sample runs/digits-vp --steer anneal=1.5 --particles 64
+      jaxgen sample runs/text-absorbing --prompt "The " --top-p 0.9
     """
 
     dir: tyro.conf.Positional[Path]
     """The run's folder."""
-    n: int = 100
-    """Number of samples; the first k of them are the same whatever the number."""
+    n: int | None = None
+    """Number of samples, 100, or 8 of text; the first k are the same whatever the number."""
     solver: str = DEFAULT
     """ddim, heun, dpm_2, dpm_3, dpmpp_2s, dpm_2m, dpm_3m, dpmpp_2m, dpmpp_3m, unipc, deis, and
     dpmv3 with statistics of the run, estimated once; with noise dpmpp_2m_sde, dpmpp_3m_sde,
-    euler_maruyama, reverse_diffusion, ancestral; in time euler_time, heun_time."""
+    euler_maruyama, reverse_diffusion, ancestral; in time euler_time, heun_time. For text tweedie
+    (the default there), euler."""
     steps: int | None = None
     """Steps of the solver; by default its own number."""
     schedule: Path | None = None
@@ -57,7 +61,8 @@ class Sample:
     seed: int = 0
     """Of the noise."""
     out: Path | None = None
-    """A picture (.png), or the samples in the data's units (.npz); by default DIR/sampled.png."""
+    """A picture (.png), or the samples in the data's units (.npz); by default DIR/sampled.png. Of
+    text a file (.txt) or a picture (.png); by default it is printed."""
     label: int | None = None
     """A class, for a run that was trained with --labels."""
     guidance: float = 1.0
@@ -70,12 +75,24 @@ class Sample:
     """With --steer: particles that are weighted against each other."""
     uncorrected: bool = False
     """With --steer: the same particles without their weights."""
+    prompt: str = ""
+    """For text: what every sample begins with."""
+    top_p: float | None = None
+    """For text: draw from the likeliest characters of this probability together."""
+    top_k: int | None = None
+    """For text: draw from so many likeliest characters."""
 
 
 def run(words: Sequence[str]) -> int:
     """Carry out ``jaxgen sample``."""
     args = parse(Sample, words, prog=PROG)
     check_run(args.dir)
+    is_text = stored_process(args.dir) == "absorbing"
+    args = dataclasses.replace(args, n=args.n if args.n is not None else 8 if is_text else 100)
+    if is_text:
+        return _text(args)
+    if args.prompt or args.top_p is not None or args.top_k is not None:
+        raise CommandError(f"--prompt, --top-p and --top-k are for text, which {args.dir} is not")
     out = check_out(args.out or args.dir / "sampled.png", (".png", ".npz"))
     check_solver(args.solver, args.steps, more=(WITH_STATISTICS,))
     if args.schedule is not None:
@@ -86,8 +103,7 @@ def run(words: Sequence[str]) -> int:
                 f"--schedule {args.schedule} is no file; find one by jaxgen search {args.dir}"
             )
     steer = _check_steer(args)
-    if args.n < 1 or args.seed < 0:
-        raise CommandError(f"--n is {args.n} and --seed {args.seed}; give n >= 1 and seed >= 0")
+    _check_numbers(args)
 
     import jax
 
@@ -100,6 +116,7 @@ def run(words: Sequence[str]) -> int:
     if steer is not None:
         return _steered(args, trained, steer, out)
     solver, grid = _solver(args, trained)
+    assert args.n is not None
     with meter(args.n, description="sampling", unit="sample") as bar, explained():
         drawn = draw(
             jax.random.key(args.seed),
@@ -120,6 +137,65 @@ def run(words: Sequence[str]) -> int:
         f"{out}: {args.n} samples of step {trained.step} (averaged parameters), "
         f"{_how(args, drawn.how)}, {drawn.how['steps']} steps, "
         f"{drawn.how['evaluations']} evaluations"
+    )
+    return 0
+
+
+def _check_numbers(args: Sample) -> None:
+    if args.n is None or args.n < 1 or args.seed < 0:
+        raise CommandError(f"--n is {args.n} and --seed {args.seed}; give n >= 1 and seed >= 0")
+
+
+def _text(args: Sample) -> int:
+    """Samples of a run on text, printed or written."""
+    plain = Sample(args.dir)
+    for name in ("schedule", "label", "guidance", "steer", "particles", "uncorrected"):
+        if getattr(args, name) != getattr(plain, name):
+            raise CommandError(f"--{name} is not for text, which {args.dir} holds; leave it out")
+    solver = "tweedie" if args.solver == DEFAULT else args.solver
+    check_text_solver(solver, args.steps)
+    out = None if args.out is None else check_out(args.out, (".txt", ".png"))
+    _check_numbers(args)
+
+    import jax
+
+    from jaxgen.core.categorical import check_filters
+    from jaxgen.core.progress import meter
+    from jaxgen.train.manifest import replace_text
+    from jaxgen.train.recipes import pictures
+    from jaxgen.train.recipes.run import open_text_run
+    from jaxgen.train.recipes.text import draw_text, joined
+
+    with explained():
+        check_filters(args.top_p, args.top_k)
+    trained = open_text_run(args.dir, text=False)
+    experiment: Any = trained.experiment
+    assert args.n is not None
+    with meter(args.n, description="sampling", unit="text") as bar:
+        drawn = draw_text(
+            jax.random.key(args.seed),
+            experiment,
+            trained.params,
+            args.n,
+            solver=solver,
+            steps=args.steps or experiment.config.solver_steps,
+            prompt=args.prompt,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            advance=bar.update,
+        )
+    how = drawn.how
+    if out is None:
+        print(joined(drawn.texts), end="")
+    elif out.suffix == ".txt":
+        replace_text(out, joined(drawn.texts))
+    else:
+        title = f"{experiment.config.data}: {solver}, {how['steps']} steps"
+        pictures.draw_text(out, title, drawn.texts, drawn.unmasked_at)
+    print(
+        f"{'---' if out is None else f'{out}:'} {args.n} texts of {experiment.vocabulary.length} "
+        f"characters, step {trained.step} (averaged parameters), {solver}, {how['steps']} steps, "
+        f"{how['evaluations']} evaluations for each text"
     )
     return 0
 
@@ -146,6 +222,7 @@ def _steered(args: Sample, trained: Any, steer: tuple[str, float], out: Path) ->
     from jaxgen.train.recipes import pictures
     from jaxgen.train.recipes.steering import steer as draw
 
+    assert args.n is not None
     with meter(args.n, description="steering", unit="sample") as bar, explained():
         drawn = draw(
             jax.random.key(args.seed),

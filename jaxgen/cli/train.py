@@ -26,6 +26,9 @@ class Train:
     that was interrupted, a higher --steps extends one that has finished, and settings that are not
     given are those of the folder's run. Ctrl-C finishes the step and saves.
 
+    With --process absorbing a run learns text, character by character: Python's help topics, or a
+    file of yours; it draws samples.txt too.
+
     With --share the weights live in a pool of hashed slots: weights, gradients, Adam's moments and
     checkpoints have the pool's size. jaxgen plan shows beforehand what that comes to.
 
@@ -36,6 +39,8 @@ class Train:
       jaxgen train --data moons --process ve --process-args sigma_max=10
       jaxgen train --labels --out runs/labelled
       jaxgen train --share 0.1
+      jaxgen train --process absorbing
+      jaxgen train --process absorbing --data text:novel.txt --length 128
       jaxgen train --config runs/digits-vp/config.yaml --seed 1 --out runs/again
     """
 
@@ -56,6 +61,9 @@ def _parse(words: Sequence[str]) -> Train:
         return parse(Train, words, prog=PROG, default=Train(run=base))
 
     args = parsed(ScoreConfig())
+    chosen = any(word.startswith("--data") for word in words) or args.config is not None
+    if args.run.process == "absorbing" and not chosen:
+        args = parsed(ScoreConfig(data="text"))
     if args.config is not None:
         # A file says where its own run was: a new one goes to its own folder.
         base = dataclasses.replace(read_yaml(args.config, ScoreConfig()), out=None)
@@ -69,7 +77,9 @@ def _parse(words: Sequence[str]) -> Train:
 def run(words: Sequence[str]) -> int:
     """Carry out ``jaxgen train``."""
     args = _parse(words)
-    check_solver(args.run.solver, args.run.solver_steps)
+    is_text = args.run.process == "absorbing"
+    if not is_text:
+        check_solver(args.run.solver, args.run.solver_steps)
 
     from jaxgen.train.recipes import run as runs
 
@@ -88,5 +98,7 @@ def run(words: Sequence[str]) -> int:
 
     figures = runs.train_run(experiment, progress=False if args.quiet else None, say=say)
     print(figures_text(figures))
-    print(f"see {out / 'samples.png'}, {out / 'curves.png'} and {out / 'metrics.json'}")
+    names = ["samples.txt"] if is_text else []
+    names += ["samples.png", "curves.png"]
+    print(f"see {', '.join(str(out / name) for name in names)} and {out / 'metrics.json'}")
     return 0

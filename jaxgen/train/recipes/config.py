@@ -68,7 +68,7 @@ class ScoreConfig:
     discrete_loss: Literal["t_dse", "t_dce", "lambda_dce", "k_dce"] = "lambda_dce"
     """For text: which of the four equivalent losses."""
     length: int | None = None
-    """For text: characters in one example."""
+    """For text: characters in one example; 64 if not given."""
 
     batch_size: int | None = None
     """Examples in a step, over all devices together."""
@@ -128,14 +128,15 @@ class ScoreConfig:
     keep: int = 2
     """Checkpoints to keep."""
 
-    eval_samples: int = 500
-    """Samples that the classifier looks at in the evaluation."""
-    eval_likelihood: int = 128
+    eval_samples: int | None = None
+    """Samples that the evaluation draws, and looks at by its classifier."""
+    eval_likelihood: int | None = None
     """Held-out examples whose likelihood is measured."""
     classifier_steps: int = 200
     """Training steps of the classifier that judges the samples of labelled images."""
     solver: str = "heun"
-    """Solver of the evaluation's samples; `jaxgen sample` may choose another."""
+    """Solver of the evaluation's samples; `jaxgen sample` may choose another. For text tweedie,
+    which stands for heun there, or euler."""
     solver_steps: int | None = None
     """Its steps."""
 
@@ -162,11 +163,15 @@ MAY_CHANGE = (
 # --- values that suit the data ------------------------------------------------------------------
 
 _TABLE = {
-    # kind: (steps, batch, learning rate, width, mults, blocks, patch, dropout, solver steps)
-    "small": (1200, 128, 2e-3, 32, (1, 2), 1, 1, 0.0, 24),
-    "images": (8000, 64, 1e-3, 32, (1, 2, 4), 1, 2, 0.0, 24),
-    "points": (4000, 256, 1e-3, 128, (1,), 3, 1, 0.0, 24),
+    # kind: (steps, batch, learning rate, width, mults, blocks, patch, dropout, solver steps,
+    #        evaluation's samples, its held-out examples)
+    "small": (1200, 128, 2e-3, 32, (1, 2), 1, 1, 0.0, 24, 500, 128),
+    "images": (8000, 64, 1e-3, 32, (1, 2, 4), 1, 2, 0.0, 24, 500, 128),
+    "points": (4000, 256, 1e-3, 128, (1,), 3, 1, 0.0, 24, 500, 128),
+    "text": (1000, 64, 2e-3, 128, (1,), 4, 1, 0.0, 128, 16, 512),
 }
+LENGTH = 64
+"""Characters in one example of text, where nothing else is asked for."""
 _NAMES = (
     "steps",
     "batch_size",
@@ -177,6 +182,8 @@ _NAMES = (
     "patch",
     "dropout",
     "solver_steps",
+    "eval_samples",
+    "eval_likelihood",
 )
 
 
@@ -194,10 +201,12 @@ class Resolved(ScoreConfig):
     patch: int = 0
     dropout: float = 0.0
     solver_steps: int = 0
+    eval_samples: int = 0
+    eval_likelihood: int = 0
 
 
 def resolve(config: ScoreConfig, event: tuple[int, ...]) -> Resolved:
-    """``config`` with every ``None`` replaced, but for ``image_size`` and ``share``, and checked.
+    """``config`` with every ``None`` that has a meaning for the data replaced, and checked.
 
     Args:
       config: what was asked for.
@@ -207,10 +216,21 @@ def resolve(config: ScoreConfig, event: tuple[int, ...]) -> Resolved:
       ConfigError: a number out of range, or a network that does not fit the data.
     """
     kind = "points" if len(event) != 3 else "small" if event[0] * event[1] <= 256 else "images"
+    if config.process == "absorbing":
+        kind = "text"
+        if config.solver == ScoreConfig.solver:
+            config = dataclasses.replace(config, solver="tweedie")
+    else:
+        for name in ("length", "discrete_loss"):
+            if getattr(config, name) != getattr(ScoreConfig, name):
+                raise ConfigError(
+                    f"{name} is {getattr(config, name)}, which is for text (--process absorbing); "
+                    "leave it out"
+                )
     chosen: dict[str, Any] = dict(zip(_NAMES, _TABLE[kind], strict=True))
     if kind == "images" and config.patch is None and config.channel_mults is None:
         chosen |= _levels(event)
-    chosen["out"] = default_out(config)
+    chosen |= {"out": default_out(config), "length": event[0] if kind == "text" else None}
     values = {name: getattr(config, name) for name in field_names()}
     values |= {name: value for name, value in chosen.items() if values[name] is None}
     resolved = Resolved(**values)
@@ -227,7 +247,7 @@ def default_out(config: ScoreConfig) -> str:
     """The folder of a run: the one asked for, or ``runs/<data>-<process>[-share<share>]``."""
     if config.out:
         return config.out
-    name = f"{Path(config.data).stem or 'data'}-{config.process}"
+    name = f"{Path(config.data.removeprefix('text:')).stem or 'data'}-{config.process}"
     if config.share is not None:
         scheme = "" if config.share_scheme == "stable" else f"-{config.share_scheme}"
         # Twelve digits: 0.1 and 123456 are written as they were given.

@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["draw_comparison", "draw_curves", "draw_grid", "draw_points", "draw_steering"]
+__all__ = [
+    "draw_comparison",
+    "draw_curves",
+    "draw_grid",
+    "draw_points",
+    "draw_steering",
+    "draw_text",
+]
 
 
 def _figure(width: float, height: float) -> Any:
@@ -183,4 +190,46 @@ def draw_steering(
     above_level.semilogy(steps, levels, color="gray", linestyle=":")
     above_level.set_ylabel("sigma / alpha")
     below.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_text(path: Path, title: str, texts: Sequence[str], at: np.ndarray) -> None:
+    """Texts in a fixed-width type, each character in the colour of the step that brought it.
+
+    Args:
+      path: the PNG file.
+      title: of the whole.
+      texts: of one length ``l``; line breaks and tabs are shown as signs.
+      at: those steps, ``(len(texts), l)``; below 0 for a prompt's, which are drawn in black.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    columns = 64
+    signs = str.maketrans({"\n": "\u21b5", "\t": "\u2192", "\r": "\u21b5"})
+    rows = -(-at.shape[1] // columns)
+    lines = len(texts) * (rows + 0.6)
+    figure = _figure(9.6, 1.0 + 0.24 * lines)
+    axes = figure.subplots()
+    # The last colours of the map are too light for type.
+    colours = ListedColormap(colormaps["plasma"](np.linspace(0, 0.85, 256)))
+    norm = Normalize(0, max(1, int(at.max())))
+    for i, (text, steps) in enumerate(zip(texts, at, strict=True)):
+        for j, (character, step) in enumerate(zip(text.translate(signs), steps, strict=True)):
+            colour = "black" if step < 0 else colours(norm(step))
+            place = (j % columns, i * (rows + 0.6) + j // columns)
+            axes.text(*place, character, color=colour, family="monospace", fontsize=10)
+    axes.set_xlim(-1, columns)
+    axes.set_ylim(lines, -1)
+    axes.axis("off")
+    axes.set_title(title)
+    figure.colorbar(
+        ScalarMappable(norm, colours),
+        ax=axes,
+        orientation="horizontal",
+        label="step in which a character appeared",
+        fraction=0.04,
+        aspect=60,
+    )
     _save(figure, path)

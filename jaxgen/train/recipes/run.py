@@ -1,8 +1,8 @@
 """A run and its folder: start, go on, extend, finish; and read a trained run back.
 
 The folder holds ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, and at the end
-``metrics.json``, ``samples.png`` and ``curves.png``. Everything is checked before anything is
-written.
+``metrics.json``, ``samples.png`` and ``curves.png``; a run on text has ``text.json``, its
+characters, and ``samples.txt`` too. Everything is checked before anything is written.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ from jaxgen.train.manifest import replace_text
 from jaxgen.train.recipes import pictures
 from jaxgen.train.recipes.config import (
     ADDED,
+    LENGTH,
     MAY_CHANGE,
     ConfigError,
-    Resolved,
     ScoreConfig,
     field_names,
     read_yaml,
@@ -33,9 +33,25 @@ from jaxgen.train.recipes.config import (
 )
 from jaxgen.train.recipes.evaluate import Drawn, evaluate
 from jaxgen.train.recipes.score import Experiment, build
+from jaxgen.train.recipes.text import (
+    TextExperiment,
+    build_text,
+    evaluate_text,
+    load_for,
+    write_samples,
+)
 from jaxgen.train.report import read_lines
+from jaxgen.train.text import is_text, read_vocabulary, write_vocabulary
 
-__all__ = ["Run", "measure", "open_run", "prepare", "stored_config", "train_run"]
+__all__ = [
+    "Run",
+    "measure",
+    "open_run",
+    "open_text_run",
+    "prepare",
+    "stored_config",
+    "train_run",
+]
 
 Say = Callable[[str], None]
 
@@ -79,9 +95,8 @@ def prepare(config: ScoreConfig, *, reschedule: bool = False) -> Experiment:
     Raises:
       DataError, ConfigError: the data or a setting cannot be used, or the folder holds another run.
     """
-    data = datasets.load(config.data, image_size=config.image_size)
-    resolved = resolve(config, data.event)
-    experiment = build(resolved, data)
+    experiment = _experiment(config)
+    resolved = experiment.config
     out = Path(resolved.out)
     before = stored_config(out)
     if before is None:
@@ -98,6 +113,8 @@ def prepare(config: ScoreConfig, *, reschedule: bool = False) -> Experiment:
             f"{out} holds a run with another config ({', '.join(differ)}); choose another folder "
             "by --out, or leave that flag out"
         )
+    if isinstance(experiment, TextExperiment):
+        _check_text(experiment, out)
     saved = train.saved_steps(out / "checkpoints")
     step = saved[-1] if saved else 0
     if step > resolved.steps:
@@ -113,6 +130,31 @@ def prepare(config: ScoreConfig, *, reschedule: bool = False) -> Experiment:
     return experiment
 
 
+def _experiment(config: ScoreConfig) -> Experiment:
+    """The experiment of a configuration, its data loaded; see ``prepare``."""
+    if config.process == "absorbing":
+        text = load_for(config, LENGTH if config.length is None else config.length)
+        return build_text(resolve(config, text.train.event), text.vocabulary, text)
+    if is_text(config.data):
+        raise ConfigError(
+            f"data {config.data} is text, and process {config.process} is for numbers; give "
+            "--process absorbing"
+        )
+    data = datasets.load(config.data, image_size=config.image_size)
+    return build(resolve(config, data.event), data)
+
+
+def _check_text(experiment: TextExperiment, out: Path) -> None:
+    """Refuse a text that is not the one that the run in a folder was started with."""
+    before = read_vocabulary(out)
+    if before is not None and before.sha256 != experiment.vocabulary.sha256:
+        raise ConfigError(
+            f"{experiment.config.data} is another text than {out} was started with (SHA-256 "
+            f"{experiment.vocabulary.sha256[:12]} now, {before.sha256[:12]} there); choose another "
+            "folder by --out"
+        )
+
+
 def finished(out: Path, steps: int) -> dict[str, Any] | None:
     """The figures of a run that has come to ``steps``, ``None`` if it has not."""
     try:
@@ -122,15 +164,20 @@ def finished(out: Path, steps: int) -> dict[str, Any] | None:
     return figures if figures.get("step", -1) >= steps else None
 
 
-def _make_folder(out: Path, config: Resolved) -> None:
+def _make_folder(experiment: Experiment) -> None:
     """Make the run's folder with its config; nothing is left of it if that cannot be written."""
+    out = Path(experiment.config.out)
     missing = [path for path in (out, *out.parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_yaml(out / "config.yaml", config)
+        # The characters first: a folder with a config is a run.
+        if isinstance(experiment, TextExperiment):
+            write_vocabulary(out, experiment.vocabulary)
+        write_yaml(out / "config.yaml", experiment.config)
     except OSError:
-        with contextlib.suppress(OSError):
-            (out / "config.yaml.tmp").unlink()
+        for name in ("config.yaml.tmp", "text.json.tmp", "text.json"):
+            with contextlib.suppress(OSError):
+                (out / name).unlink()
         for path in missing:
             with contextlib.suppress(OSError):
                 path.rmdir()
@@ -199,7 +246,7 @@ def train_run(
     config, out = experiment.config, Path(experiment.config.out)
     devices = jax.devices()
     mesh = train.data_mesh(batch=config.batch_size) if len(devices) > 1 else None
-    _make_folder(out, config)
+    _make_folder(experiment)
     say(_opening(experiment))
     state = train.fit(
         experiment.state(),
@@ -228,8 +275,11 @@ def train_run(
     return figures
 
 
-def measure(run: Run, *, say: Say = lambda line: None) -> tuple[dict[str, Any], Drawn]:
+def measure(run: Run, *, say: Say = lambda line: None) -> tuple[dict[str, Any], Any]:
     """Evaluate a run and write ``metrics.json``, ``samples.png`` and ``curves.png``.
+
+    Returns:
+      The figures, and a ``Drawn`` or ``TextDrawn``.
 
     Raises:
       OSError: the disk is full or the folder cannot be written.
@@ -237,19 +287,15 @@ def measure(run: Run, *, say: Say = lambda line: None) -> tuple[dict[str, Any], 
     experiment, config = run.experiment, run.experiment.config
     out, start = Path(config.out), time.monotonic()
     key = jax.random.fold_in(jax.random.key(config.seed), _EVALUATION)
-    figures, drawn = evaluate(key, experiment, run.params, say=say)
-    lines = read_lines(out / "metrics.jsonl", run.step)
-    data = experiment.train
     title = f"{config.data}: generated, step {run.step}"
-    if data.is_image:
-        made, real = data.to_unit(data.from_unit(drawn.x[:100])), data.to_unit(data.x[:100])
-        pictures.draw_grid(out / "samples.png", [(title, made), ("real", real)])
+    drawn: Any
+    if isinstance(experiment, TextExperiment):
+        figures, drawn = evaluate_text(key, experiment, run.params, say=say)
+        write_samples(out, drawn, title)
     else:
-        count = min(len(drawn.x), len(data))
-        pictures.draw_points(
-            out / "samples.png",
-            [(title, data.from_unit(drawn.x[:count])), ("real", data.x[:count])],
-        )
+        figures, drawn = evaluate(key, experiment, run.params, say=say)
+        _draw_samples(out, title, experiment, drawn)
+    lines = read_lines(out / "metrics.jsonl", run.step)
     pictures.draw_curves(out / "curves.png", lines)
     seconds = {
         "training": lines[-1]["wall_seconds"] if lines else None,
@@ -271,8 +317,22 @@ def measure(run: Run, *, say: Say = lambda line: None) -> tuple[dict[str, Any], 
     return whole, drawn
 
 
+def _draw_samples(out: Path, title: str, experiment: Experiment, drawn: Drawn) -> None:
+    data = experiment.train
+    if data.is_image:
+        made, real = data.to_unit(data.from_unit(drawn.x[:100])), data.to_unit(data.x[:100])
+        pictures.draw_grid(out / "samples.png", [(title, made), ("real", real)])
+        return
+    count = min(len(drawn.x), len(data))
+    pictures.draw_points(
+        out / "samples.png", [(title, data.from_unit(drawn.x[:count])), ("real", data.x[:count])]
+    )
+
+
 def open_run(folder: Path) -> Run:
     """Read a run back: its configuration, data, network and newest averaged parameters.
+
+    Runs on text have another opener, ``open_text_run``.
 
     Raises:
       ConfigError: the folder holds no run.
@@ -282,9 +342,40 @@ def open_run(folder: Path) -> Run:
     stored = stored_config(folder)
     if stored is None:
         raise ConfigError(f"{folder} holds no run (no config.yaml); make one by jaxgen train")
+    if stored.process == "absorbing":
+        raise ConfigError(
+            f"{folder} holds a run on text: jaxgen sample and jaxgen evaluate know it"
+        )
+    return _restored(folder, _experiment(dataclasses.replace(stored, out=str(folder))))
+
+
+def open_text_run(folder: Path, *, text: bool) -> Run:
+    """Read a run on text back.
+
+    Args:
+      folder: the run's folder.
+      text: load its text too, which measuring needs and sampling does not.
+
+    Raises:
+      ConfigError: the folder holds no run on text, or that is not the text any more.
+      CheckpointError: it holds no checkpoint, or one that cannot be used.
+      DataError: its text or its characters are gone.
+    """
+    stored, vocabulary = stored_config(folder), read_vocabulary(folder)
+    if stored is None or stored.process != "absorbing" or vocabulary is None:
+        raise ConfigError(f"{folder} holds no run on text (config.yaml and text.json)")
     stored = dataclasses.replace(stored, out=str(folder))
-    data = datasets.load(stored.data, image_size=stored.image_size)
-    experiment = build(resolve(stored, data.event), data)
+    if not text:
+        config = resolve(stored, (vocabulary.length,))
+        return _restored(folder, build_text(config, vocabulary, None))
+    experiment = _experiment(stored)
+    assert isinstance(experiment, TextExperiment)
+    _check_text(experiment, folder)
+    return _restored(folder, experiment)
+
+
+def _restored(folder: Path, experiment: Experiment) -> Run:
+    """The experiment with the newest averaged parameters of a folder."""
     like = jax.eval_shape(experiment.state)
     state = train.restore(folder / "checkpoints", like, layout=_layouts(experiment))
     return Run(experiment, state.ema, int(state.step))
