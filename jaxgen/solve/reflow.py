@@ -38,7 +38,7 @@ from jaxgen.solve.registry import resolve
 from jaxgen.solve.sample import sample
 from jaxgen.solve.transport import decode, encode, plan_solve
 
-__all__ = ["Pairs", "reflow_pairs", "standard_noise"]
+__all__ = ["Pairs", "reflow_pairs", "scaled_noise", "standard_noise"]
 
 FORMAT = "jaxgen reflow pairs"
 VERSION = 1
@@ -73,8 +73,8 @@ def _prior_std(sde: LinearSDE) -> jax.Array:
     return sde.sigma(sde.t_max) if sde.prior_std is None else jnp.asarray(sde.prior_std)
 
 
-def _at_prior(sde: LinearSDE, z: jax.Array) -> jax.Array:
-    """The prior's sample of this standard noise, like it."""
+def scaled_noise(sde: LinearSDE, z: jax.Array) -> jax.Array:
+    """The prior's sample of standard noise, ``mu + prior_std z``, like ``z``."""
     mu, x = sde.centre(z), cast_coefficient(_prior_std(sde), z) * z
     return (x if mu is None else mu + x).astype(z.dtype)
 
@@ -255,7 +255,7 @@ def _maker(
             return Pairs(standard_noise(sde, code), x1)
         own = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(shape[0]))
         z = jax.vmap(lambda k: jax.random.normal(k, shape[1:]))(own)
-        x = _at_prior(sde, z)
+        x = scaled_noise(sde, z)
         if steps is None:
             return Pairs(z, decode(field, sde, x, **adaptive).x)
         drawn = sample(
