@@ -132,6 +132,19 @@ def _by_sde(
     return scan_carry(body, start, (times[:-1], times[1:]))
 
 
+def _checked(
+    log_rho0: Callable[[jax.Array], jax.Array], like: jax.ShapeDtypeStruct
+) -> Callable[[jax.Array], jax.Array]:
+    """``log_rho0``, seen to give one number for each state, in the states' dtype."""
+    out = jax.eval_shape(lambda x: checks.floating("log_rho0(x)", log_rho0(x)), like)
+    if out.shape != like.shape[:1]:
+        raise ValueError(
+            f"log_rho0 returned shape {out.shape} for states of shape {like.shape}; expected "
+            f"{like.shape[:1]}"
+        )
+    return lambda x: jnp.asarray(log_rho0(x)).astype(x.dtype)
+
+
 def interpolant_log_likelihood(
     key: jax.Array | None,
     b: Field | None,
@@ -217,6 +230,7 @@ def interpolant_log_likelihood(
     if key is None and (is_sde or estimator == "hutchinson"):
         raise TypeError("key is None; the probes and the SDE's noise come from a typed key")
     dtype = x.dtype if x.dtype != wide.dtype else None
+    log_start = _checked(log_rho0, jax.ShapeDtypeStruct((*(batch or (1,)), *event), wide.dtype))
     times = travel_times(t_min, t_max, steps, "backward", wide.dtype)
     key_probe: Any = None
     key_path: Any = None
@@ -237,7 +251,7 @@ def interpolant_log_likelihood(
         (end, change), nfe, result = _by_flow(make, wide, probe, (t_min, t_max), plan, bool(batch))
         start = end if batch else end[None]
         # Against the clock: the integral of (1) with its sign turned.
-        log_prob = _log_start(log_rho0, start).reshape(batch) + change
+        log_prob = log_start(start).reshape(batch) + change
         return InterpolantLikelihood(log_prob, jnp.zeros_like(log_prob), nfe, result)
 
     paths = checks.positive_int("paths", paths, least=2)
@@ -257,7 +271,7 @@ def interpolant_log_likelihood(
         draw = jax.vmap(lambda k: PROBES[noise](k, event, wide.dtype, len(event)))
         probe = draw(each(key_probe))
     end, taken = _by_sde(fields, each(key_path), flat, probe, times, control_variate)
-    values = (_log_start(log_rho0, end) - taken).reshape(n, paths)
+    values = (log_start(end) - taken).reshape(n, paths)
     log_prob = jnp.mean(values, axis=1).reshape(batch)
     stderr = (jnp.std(values, axis=1, ddof=1) / paths**0.5).reshape(batch)
     nfe = jnp.full(batch, steps * paths, jnp.int32)
@@ -269,13 +283,3 @@ def interpolant_log_likelihood(
     is_finite = jnp.isfinite(log_prob)
     result = jax.vmap(result_of)(is_finite) if batch else result_of(is_finite)
     return InterpolantLikelihood(log_prob, stderr, nfe, result)
-
-
-def _log_start(log_rho0: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    value = checks.floating("log_rho0(x)", log_rho0(x))
-    if value.shape != x.shape[:1]:
-        raise ValueError(
-            f"log_rho0 returned shape {value.shape} for states of shape {x.shape}; expected "
-            f"{x.shape[:1]}"
-        )
-    return value.astype(x.dtype)
