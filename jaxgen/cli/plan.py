@@ -47,7 +47,7 @@ def _parse(words: Sequence[str]) -> Plan:
     base = ScoreConfig()
     args = parse(Plan, words, prog=PROG, default=Plan(run=base))
     if args.dir is not None:
-        check_run(args.dir)
+        check_run(args.dir, one_step=True)
         if args.config is not None:
             raise CommandError("give a run's folder or --config, not both")
         base = read_yaml(args.dir / "config.yaml", base)

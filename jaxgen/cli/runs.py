@@ -16,6 +16,7 @@ __all__ = [
     "check_solver",
     "check_text_solver",
     "explained",
+    "is_distilled",
     "named_solver",
     "stored_process",
     "write_npz",
@@ -25,8 +26,8 @@ __all__ = [
 WITH_STATISTICS = "dpmv3"
 
 
-def check_run(folder: Path) -> None:
-    """Refuse a folder that holds no run.
+def check_run(folder: Path, *, one_step: bool = False) -> None:
+    """Refuse a folder that holds no run, or a distilled one unless ``one_step``.
 
     Raises:
       CommandError: how to make one.
@@ -35,6 +36,18 @@ def check_run(folder: Path) -> None:
         raise CommandError(
             f"{folder} holds no run (no config.yaml); make one by jaxgen train --out {folder}"
         )
+    if is_distilled(folder) and not one_step:
+        raise CommandError(
+            f"{folder} holds a one-step generator, which is no flow any more: jaxgen sample draws "
+            "from it, its metrics.json has its figures; give the run that it was made from"
+        )
+
+
+def is_distilled(folder: Path) -> bool:
+    """Whether a folder holds what ``jaxgen distill`` made."""
+    from jaxgen.train.recipes import distill
+
+    return distill.is_distilled(folder)
 
 
 def check_solver(name: str, steps: int | None, *, more: tuple[str, ...] = ()) -> None:

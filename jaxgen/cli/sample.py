@@ -17,6 +17,7 @@ from jaxgen.cli.runs import (
     check_solver,
     check_text_solver,
     explained,
+    is_distilled,
     named_solver,
     stored_process,
     write_npz,
@@ -42,6 +43,7 @@ class Sample:
       jaxgen sample runs/labelled --label 3 --guidance 2
       jaxgen sample runs/labelled --label 3 --steer guide=2
       jaxgen sample runs/digits-vp --steer anneal=1.5 --particles 64
+      jaxgen sample runs/digits-vp-one-step --n 1000 --out digits.npz
       jaxgen sample runs/text-absorbing --prompt "The " --top-p 0.9
     """
 
@@ -52,8 +54,8 @@ class Sample:
     solver: str = DEFAULT
     """ddim, heun, dpm_2, dpm_3, dpmpp_2s, dpm_2m, dpm_3m, dpmpp_2m, dpmpp_3m, unipc, deis, and
     dpmv3 with statistics of the run, estimated once; with noise dpmpp_2m_sde, dpmpp_3m_sde,
-    euler_maruyama, reverse_diffusion, ancestral; in time euler_time, heun_time. For text tweedie
-    (the default there), euler."""
+    euler_maruyama, reverse_diffusion, ancestral; in time euler_time, heun_time. One euler_time
+    step by default for what jaxgen distill made. For text tweedie (the default there), euler."""
     steps: int | None = None
     """Steps of the solver; by default its own number."""
     schedule: Path | None = None
@@ -86,13 +88,15 @@ class Sample:
 def run(words: Sequence[str]) -> int:
     """Carry out ``jaxgen sample``."""
     args = parse(Sample, words, prog=PROG)
-    check_run(args.dir)
+    check_run(args.dir, one_step=True)
     is_text = stored_process(args.dir) == "absorbing"
     args = dataclasses.replace(args, n=args.n if args.n is not None else 8 if is_text else 100)
     if is_text:
         return _text(args)
     if args.prompt or args.top_p is not None or args.top_k is not None:
         raise CommandError(f"--prompt, --top-p and --top-k are for text, which {args.dir} is not")
+    if is_distilled(args.dir):
+        args = _one_step(args)
     out = check_out(args.out or args.dir / "sampled.png", (".png", ".npz"))
     check_solver(args.solver, args.steps, more=(WITH_STATISTICS,))
     if args.schedule is not None:
@@ -139,6 +143,15 @@ def run(words: Sequence[str]) -> int:
         f"{drawn.how['evaluations']} evaluations"
     )
     return 0
+
+
+def _one_step(args: Sample) -> Sample:
+    """The arguments with the solver that a distilled network was made for."""
+    if args.steer is not None or args.schedule is not None:
+        raise CommandError(f"{args.dir} takes one step; leave out --steer and --schedule")
+    if args.solver != DEFAULT:
+        return args
+    return dataclasses.replace(args, solver="euler_time", steps=args.steps or 1)
 
 
 def _check_numbers(args: Sample) -> None:
