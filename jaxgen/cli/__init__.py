@@ -13,25 +13,30 @@ from collections.abc import Sequence
 __all__ = ["main"]
 
 COMMANDS = {
-    "train": "train a generator on a data set, measure it, draw it; go on with a run",
+    "train": "train a generator on a data set or a text, measure it, draw it; go on with a run",
     "plan": "print how a network would lie in a pool of a given size; train nothing",
     "sample": "draw samples from a trained run",
     "evaluate": "measure a trained run again, with other counts or another solver",
     "compare": "draw solvers of a trained run side by side: quality against evaluations",
     "search": "search for the solver that suits a trained run at a few evaluations",
     "inpaint": "hide part of held-out images and let a trained run fill it in",
+    "restore": "restore an image that is hidden in part, coarse or blurred, by a trained run",
+    "distill": "turn a trained run into a small generator of one evaluation",
     "systems": "the published systems in this library, where they live, what was measured",
     "version": "versions and devices, for a bug report",
 }
 
-_HEAVY = ("train", "sample", "evaluate", "compare", "search", "inpaint")
+_HEAVY = ("train", "sample", "evaluate", "compare", "search", "inpaint", "restore", "distill")
 
 _EXAMPLES = """\
   jaxgen train                                  handwritten digits in a few minutes on a laptop
   jaxgen train --data moons --process ve        a two-dimensional toy, another process
   jaxgen train --share 0.1                      the same network in a tenth of its weights
+  jaxgen train --data text --process absorbing  a text, character by character
   jaxgen sample runs/digits-vp --n 64           new digits from the run's checkpoint
   jaxgen compare runs/digits-vp                 which solver, at how many evaluations
+  jaxgen restore runs/digits-vp --task inpaint  half of the pixels, and the image they came from
+  jaxgen distill runs/digits-vp --steps 1       a smaller network that needs one evaluation
   jaxgen train --help                           every setting, with its default"""
 
 

@@ -23,6 +23,7 @@ from jaxgen.nets.level_classifier import LevelClassifier, LevelMLP
 from jaxgen.nets.mlp import MLP
 from jaxgen.nets.ncsnpp import NCSNPP_CONFIGS, NCSNpp, NCSNppConfig, ncsnpp
 from jaxgen.nets.potential import PotentialMLP
+from jaxgen.nets.radd import RADDTransformer, TimedTransformer
 from jaxgen.nets.resample import (
     depth_to_space,
     fir_down,
@@ -44,7 +45,9 @@ __all__ = [
     "NCSNpp",
     "NCSNppConfig",
     "PotentialMLP",
+    "RADDTransformer",
     "TimeEmbedding",
+    "TimedTransformer",
     "UNet",
     "depth_to_space",
     "fir_down",
