@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from jaxgen.guide import operators
 from jaxgen.guide.restore import METHODS, Spread, restore_many
@@ -20,10 +21,9 @@ from jaxgen.train.data import DataError, Dataset
 from jaxgen.train.recipes import pictures
 from jaxgen.train.recipes.score import Experiment
 
-__all__ = ["HIDDEN", "TASKS", "Restoration", "draw", "psnr", "read_image", "restore_images", "task"]
+__all__ = ["TASKS", "Restoration", "draw", "psnr", "read_image", "restore_images", "task"]
 
 TASKS = ("inpaint", "super-resolve", "deblur")
-HIDDEN = ("right", "left", "top", "bottom", "centre", "random")
 
 # Evaluations of a step of ``repaint``.
 _REPEATS = 10
@@ -45,7 +45,7 @@ def task(
     Args:
       name: one of ``TASKS``.
       event: ``(height, width, channels)``.
-      hide: for ``"inpaint"``, one of ``HIDDEN``.
+      hide: for ``"inpaint"``, a side, ``"centre"`` or ``"random"``.
       factor: for ``"super-resolve"``, pixels a side that are averaged.
       blur: for ``"deblur"``, the kernel's deviation in pixels.
       seed: of the pixels hidden at random.
@@ -55,24 +55,21 @@ def task(
     """
     height, width, _ = event
     if name == "inpaint":
+        parts: dict[str, Any] = {
+            "right": np.s_[:, width // 2 :],
+            "left": np.s_[:, : width // 2],
+            "top": np.s_[: height // 2],
+            "bottom": np.s_[height // 2 :],
+            "centre": np.s_[height // 4 : height - height // 4, width // 4 : width - width // 4],
+        }
         seen = np.ones((height, width, 1), np.float32)
         if hide == "random":
             order = np.random.default_rng(seed).permutation(height * width)
             seen[order.reshape(height, width, 1) % 2 > 0] = 0
-        elif hide in HIDDEN:
-            seen[
-                {
-                    "right": np.s_[:, width // 2 :],
-                    "left": np.s_[:, : width // 2],
-                    "top": np.s_[: height // 2],
-                    "bottom": np.s_[height // 2 :],
-                    "centre": np.s_[
-                        height // 4 : height - height // 4, width // 4 : width - width // 4
-                    ],
-                }[hide]
-            ] = 0
+        elif hide in parts:
+            seen[parts[hide]] = 0
         else:
-            raise ValueError(f"hide is {hide!r}; expected one of {', '.join(HIDDEN)}")
+            raise ValueError(f"hide is {hide!r}; expected one of {', '.join((*parts, 'random'))}")
         where = "half of the pixels" if hide == "random" else hide
         return Task(operators.mask(seen), f"inpaint ({where} hidden)")
     if name == "super-resolve":
@@ -120,7 +117,7 @@ def read_image(path: Path, data: Dataset) -> np.ndarray:
     return ((2 * pixels + 1) / 256 - 1).reshape(data.event)
 
 
-def psnr(x: np.ndarray, truth: np.ndarray) -> np.ndarray:
+def psnr(x: ArrayLike, truth: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio in dB of images in [-1, 1], clipped; over the last three axes."""
     error = np.clip(np.asarray(x, float), -1, 1) - np.asarray(truth, float)
     return 10 * np.log10(4 / np.maximum(np.mean(error**2, axis=(-3, -2, -1)), 1e-12))
@@ -244,12 +241,14 @@ def draw(path: Path, done: Restoration) -> None:
     """
     before = psnr(done.shown, done.truth).mean()
     columns = max(1, round(len(done.truth) ** 0.5))
-    rows: list[list[tuple[str, np.ndarray]]] = [
+    rows: list[list[tuple[str, Any]]] = [
         [("truth", done.truth), (f"measured, {before:.1f} dB", done.shown)]
     ]
     for name, out in done.made.items():
         row = done.row(name)
-        panels = [(f"{name}, {row['psnr']:.1f} dB, {row['evaluations']} evaluations", out.x[0])]
+        panels: list[tuple[str, Any]] = [
+            (f"{name}, {row['psnr']:.1f} dB, {row['evaluations']} evaluations", out.x[0])
+        ]
         if len(out.x) > 1:
             largest = max(float(out.std.max()), 1e-6)
             panels += [
