@@ -53,6 +53,7 @@ __all__ = [
     "penalty",
     "per_log_level",
     "potential_score",
+    "precondition_potential",
     "regularised_loss",
     "score_residual",
 ]
@@ -115,6 +116,37 @@ def potential_score(u: Field) -> Field:
         return pull(jnp.ones_like(value))[0]
 
     return score
+
+
+def precondition_potential(net: Field, sde: LinearSDE, sigma_data: ArrayLike) -> Field:
+    """A log-density from a network of any process: that of Gaussian data plus a correction.
+
+        u = -|x'|^2/2 - d log(size) + net(x', level),   x' = (x - mu)/size
+
+    with ``size^2 = sigma^2 + alpha^2 sigma_data^2`` and ``level = log(sigma/alpha)/4``. The network
+    sees numbers of order one. Where it vanishes, u is the log-density of Gaussian data
+    ``N(mu, sigma_data^2 I)``, which solves (1), so that the prior needs no learning.
+
+    Args:
+      net: maps ``(x', level)`` to one number per example.
+      sde: the process.
+      sigma_data: standard deviation of the data about the anchor.
+
+    Returns:
+      ``u(x, t)``; see ``potential_score``.
+    """
+
+    def u(x: jax.Array, t: jax.Array) -> jax.Array:
+        mu = sde.centre(x)
+        size = jnp.sqrt(sde.sigma(t) ** 2 + (sde.alpha(t) * sigma_data) ** 2)
+        scaled = ((x if mu is None else x - mu) / left_broadcast(size, x)).astype(x.dtype)
+        level = -sde.log_snr(jnp.clip(t, sde.t_min, sde.t_max)) / 8
+        event_ndim = None if jnp.ndim(t) else x.ndim
+        dims = event_size(x, event_ndim)
+        gaussian = -0.5 * sum_event(scaled**2, event_ndim) - dims * jnp.log(size)
+        return gaussian + net(scaled, level)
+
+    return u
 
 
 def log_density_residual(
