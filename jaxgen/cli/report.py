@@ -36,6 +36,13 @@ def figures_text(figures: Mapping[str, Any]) -> str:
                 f"{title:<16}{found['model_to_data']} model to data, {found['data_to_data']} data "
                 f"to data ({found['count']} on each side)"
             )
+    if "ode_sde_gap" in figures:
+        gap = figures["ode_sde_gap"]
+        lines.append(
+            f"{'ODE-SDE gap':<16}W2 {gap['w2']} between probability flow and reverse SDE; to the "
+            f"data {gap['ode_to_data']} and {gap['sde_to_data']}; data to data "
+            f"{gap['data_to_data']} ({gap['count']} on each side)"
+        )
     if "classifier" in figures:
         judge = figures["classifier"]
         lines.append(

@@ -16,7 +16,7 @@ from scipy.integrate import solve_ivp
 
 from jaxgen import score
 from jaxgen.process import LinearSDE
-from jaxgen.solve import ode_sde_gap as gaps
+from jaxgen.solve.ode_sde_gap import ode_sde_bound, ode_sde_gap, refine_end
 
 T = 5.0
 # delta: variances of the two samplers, their distance, the bound.
@@ -60,7 +60,7 @@ def model_score(delta):
 
 @functools.partial(jax.jit, static_argnames=("shape", "steps", "refine"))
 def run(key, delta, shape=(8000, 1), steps=800, refine=(10, 10)):
-    return gaps.ode_sde_gap(
+    return ode_sde_gap(
         key, model_score(delta), SDE, shape, prediction="score", steps=steps, refine=refine
     )
 
@@ -94,7 +94,7 @@ def test_variances_and_bound_are_those_of_the_closed_form(delta):
     np.testing.assert_allclose(np.sqrt(flow[0]) - np.sqrt(noisy[0]), w2, atol=2e-6)
     c = variance(t, delta)
     t[0] = 1e-6
-    found = gaps.ode_sde_bound(SDE, t, 1 - 0.5 / c, np.abs(1 / noisy - 1 / c) * np.sqrt(noisy))
+    found = ode_sde_bound(SDE, t, 1 - 0.5 / c, np.abs(1 / noisy - 1 / c) * np.sqrt(noisy))
     np.testing.assert_allclose(found, bound, rtol=2e-5)
     assert w2 < found < 1.2 * w2
 
@@ -102,7 +102,7 @@ def test_variances_and_bound_are_those_of_the_closed_form(delta):
 @pytest.mark.parametrize("delta", [0.05, 0.2])
 def test_samplers_have_those_variances_within_three_standard_errors(delta):
     out = run(jax.random.key(3), delta)
-    times = np.asarray(gaps.refine_end(np.linspace(T, 0, 801), 10, 10), float)
+    times = np.asarray(refine_end(np.linspace(T, 0, 801), 10, 10), float)
     n = out.ode.shape[0]
     for x, known, is_noisy in ((out.ode, KNOWN[delta][0], False), (out.sde, KNOWN[delta][1], True)):
         x = np.asarray(x, float)
@@ -120,7 +120,7 @@ def test_samplers_have_those_variances_within_three_standard_errors(delta):
 def test_the_very_last_step_of_the_sde_is_without_noise_and_the_others_are_not():
     times = np.asarray([T, 4.0, 2.0, 1.0])
     key = jax.random.key(0)
-    out = gaps.ode_sde_gap(
+    out = ode_sde_gap(
         key, model_score(0.0), SDE, (4000, 1), prediction="score", grid=times, refine=None
     )
     assert out.nfe == 3
@@ -128,7 +128,7 @@ def test_the_very_last_step_of_the_sde_is_without_noise_and_the_others_are_not()
         exact = by_euler(0.0, times, is_noisy)
         assert abs(np.var(x) - exact) < 4 * exact * np.sqrt(2 / 4000)
     # One step only: no noise at all but the start's, of which each sampler has its own.
-    one = gaps.ode_sde_gap(
+    one = ode_sde_gap(
         key, lambda x, t: 0 * x, SDE, (50, 2), prediction="score", grid=[T, 4.0], refine=None
     )
     first = SDE.prior_sample(jax.random.key(0), (50, 2))
@@ -138,20 +138,20 @@ def test_the_very_last_step_of_the_sde_is_without_noise_and_the_others_are_not()
 
 def test_an_exact_score_leaves_the_floor_alone():
     truth = score.closed_form.gaussian(SDE, jnp.zeros(1), 1.5)
-    draw = jax.jit(lambda key: gaps.ode_sde_gap(key, truth.noise, SDE, (4000, 1), steps=300).w2)
+    draw = jax.jit(lambda key: ode_sde_gap(key, truth.noise, SDE, (4000, 1), steps=300).w2)
     # W2^2 of two samples of a Gaussian in one dimension is about v (log log n)/n.
     assert draw(jax.random.key(1)) < 0.1
 
 
 def test_refined_grids_keep_their_knots():
     times = jnp.linspace(1.0, 0.0, 6)
-    fine = gaps.refine_end(times, 2, 4)
+    fine = refine_end(times, 2, 4)
     assert fine.shape == (12,)
     np.testing.assert_array_equal(fine[:4], times[:4])
     np.testing.assert_array_equal(fine[jnp.array([7, 11])], times[4:])
     np.testing.assert_allclose(jnp.diff(fine)[3:], -0.05, rtol=1e-5)
-    np.testing.assert_array_equal(gaps.refine_end(times, 0, 4), times)
-    both = jax.vmap(lambda v: gaps.refine_end(v, 2, 4))(jnp.stack([times, 2 * times]))
+    np.testing.assert_array_equal(refine_end(times, 0, 4), times)
+    both = jax.vmap(lambda v: refine_end(v, 2, 4))(jnp.stack([times, 2 * times]))
     np.testing.assert_allclose(both[1], 2 * fine, rtol=1e-6)
 
 
@@ -165,27 +165,27 @@ def test_under_vmap_and_by_index():
     # The first samples do not depend on how many there are.
     np.testing.assert_allclose(run(keys[1], 0.1, (3, 1), 5, (2, 2)).sde, one.sde[:3], rtol=1e-5)
     t = jnp.linspace(0.1, 1.0, 5)
-    bound = jax.jit(jax.vmap(lambda m: gaps.ode_sde_bound(SDE, t, jnp.zeros(5), m)))
+    bound = jax.jit(jax.vmap(lambda m: ode_sde_bound(SDE, t, jnp.zeros(5), m)))
     np.testing.assert_allclose(bound(jnp.ones((2, 5))), 0.45, rtol=1e-5)
 
 
 def test_bad_input_is_named():
     key = jax.random.key(0)
     with pytest.raises(ValueError, match=r"shape is \(3,\); expected \(batch"):
-        gaps.ode_sde_gap(key, model_score(0.1), SDE, (3,), prediction="score")
+        ode_sde_gap(key, model_score(0.1), SDE, (3,), prediction="score")
     with pytest.raises(ValueError, match=r"refine\[0\] is -1"):
-        gaps.ode_sde_gap(key, model_score(0.1), SDE, (3, 1), refine=(-1, 2))
+        ode_sde_gap(key, model_score(0.1), SDE, (3, 1), refine=(-1, 2))
     with pytest.raises(ValueError, match="grid is"):
-        gaps.ode_sde_gap(key, model_score(0.1), SDE, (3, 1), grid=[1.0, 2.0])
+        ode_sde_gap(key, model_score(0.1), SDE, (3, 1), grid=[1.0, 2.0])
     with pytest.raises(TypeError, match="typed key"):
-        gaps.ode_sde_gap(jnp.zeros(2, jnp.uint32), model_score(0.1), SDE, (3, 1))
+        ode_sde_gap(jnp.zeros(2, jnp.uint32), model_score(0.1), SDE, (3, 1))
     with pytest.raises(ValueError, match=r"times has shape \(3,\); expected \(3 \+ 1"):
-        gaps.refine_end(jnp.ones(3), 3, 2)
+        refine_end(jnp.ones(3), 3, 2)
     with pytest.raises(ValueError, match=r"shapes \(3,\), \(3,\), \(2,\)"):
-        gaps.ode_sde_bound(SDE, jnp.arange(3.0), jnp.ones(3), jnp.ones(2))
-    assert np.isnan(gaps.ode_sde_bound(SDE, jnp.array([2.0, 1.0]), jnp.ones(2), jnp.ones(2)))
+        ode_sde_bound(SDE, jnp.arange(3.0), jnp.ones(3), jnp.ones(2))
+    assert np.isnan(ode_sde_bound(SDE, jnp.array([2.0, 1.0]), jnp.ones(2), jnp.ones(2)))
     # A field that is no number somewhere leaves no number.
-    out = gaps.ode_sde_gap(
+    out = ode_sde_gap(
         key, lambda x, t: x * jnp.nan, SDE, (3, 1), prediction="score", steps=2, refine=None
     )
     assert np.isnan(out.ode).all() and np.isnan(out.w2)

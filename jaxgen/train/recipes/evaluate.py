@@ -16,15 +16,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgen import guide, metrics, solve
-from jaxgen.score import Field
+from jaxgen.metrics.wasserstein import wasserstein2
+from jaxgen.score import Field, fokker_planck
+from jaxgen.solve.ode_sde_gap import Gap, ode_sde_gap
 from jaxgen.train.data import Dataset
 from jaxgen.train.recipes.classifier import Judge, train_judge
 from jaxgen.train.recipes.score import DATA_RANGE, Experiment
 
-__all__ = ["Drawn", "draw", "evaluate", "judged", "likelihood", "rounded", "sliced"]
+__all__ = [
+    "Drawn",
+    "draw",
+    "evaluate",
+    "judged",
+    "likelihood",
+    "rounded",
+    "sliced",
+    "two_samplers",
+]
 
 CHUNK = 125
 TOLERANCE = 1e-3
+# Of the comparison of the two samplers: samples of each, and steps before the last are refined.
+_GAP_SAMPLES, _GAP_STEPS = 4000, 400
 
 Say = Callable[[str], None]
 
@@ -35,10 +48,13 @@ class Drawn(NamedTuple):
     Attributes:
       x: float32 ``(n, *event)``, network-scaled.
       how: solver, grid, steps, evaluations, last step and last time, as plain values.
+      clouds: samples of the probability flow and of the reverse SDE, where a log-density was
+        learned.
     """
 
     x: np.ndarray
     how: dict[str, Any]
+    clouds: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def draw(
@@ -184,6 +200,7 @@ def evaluate(
         wall times (``seconds``) overlap.
     """
     key_draw, key_likelihood, key_judge = jax.random.split(key, 3)
+    key_gap = jax.random.fold_in(key, 3)
     config = experiment.config
     seconds: dict[str, float] = {}
 
@@ -222,6 +239,13 @@ def evaluate(
             ),
         )
         figures = _compared(key_judge, experiment, drawn, timed)
+        if config.fokker_planck is not None:
+            gap, clouds = timed(
+                "gap",
+                "drawing by the probability flow and by the reverse SDE",
+                lambda: two_samplers(key_gap, experiment, params),
+            )
+            figures, drawn = figures | gap, drawn._replace(clouds=clouds)
         figures = waiting.result() | figures
     figures["samples"] = {"count": len(drawn.x), "ema": config.ema, **drawn.how}
     figures["seconds"] = seconds
@@ -294,6 +318,53 @@ def sliced(key: jax.Array, data: Dataset, samples: np.ndarray) -> dict[str, Any]
             "units": "of the data as the network sees them",
         }
     }
+
+
+def two_samplers(
+    key: jax.Array, experiment: Experiment, params: Any
+) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
+    """How far apart the probability flow and the reverse SDE of a learned log-density end.
+
+    Returns:
+      The figures, and the two clouds, network-scaled.
+    """
+    key_gap, key_points = jax.random.split(key)
+    data, sde = experiment.train, experiment.sde
+    first, second = _halves(data, _GAP_SAMPLES)
+    count = len(first)
+
+    @jax.jit
+    def run(params: Any, x0: jax.Array) -> tuple[Gap, jax.Array]:
+        u = experiment.potential(params)
+        gap = ode_sde_gap(
+            key_gap,
+            fokker_planck.potential_score(u),
+            sde,
+            (count, *data.event),
+            prediction="score",
+            steps=_GAP_STEPS,
+        )
+        points = fokker_planck.collocation_paths(
+            key_points, x0, sde, count, time="importance", t_min=sde.t_end
+        )
+        weighting = fokker_planck.per_log_level
+        return gap, fokker_planck.penalty(None, u, sde, *points, weighting=weighting)
+
+    gap, squares = run(params, first)
+    ode, noisy = np.asarray(gap.ode), np.asarray(gap.sde)
+    found = {
+        "w2": rounded(gap.w2),
+        "sde_to_data": rounded(wasserstein2(noisy, first)),
+        "ode_to_data": rounded(wasserstein2(ode, first)),
+        "data_to_data": rounded(wasserstein2(first, second)),
+        "residual_rms": rounded(np.sqrt(squares)),
+        "weight": experiment.config.fokker_planck,
+        "count": count,
+        "steps": _GAP_STEPS,
+        "evaluations": int(gap.nfe),
+        "units": "of the data as the network sees them; residual in nats per log noise level",
+    }
+    return {"ode_sde_gap": found}, (ode, noisy)
 
 
 def rounded(value: Any) -> float | None:

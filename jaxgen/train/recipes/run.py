@@ -278,6 +278,8 @@ def train_run(
 def measure(run: Run, *, say: Say = lambda line: None) -> tuple[dict[str, Any], Any]:
     """Evaluate a run and write ``metrics.json``, ``samples.png`` and ``curves.png``.
 
+    Where a log-density was learned, ``gap.png`` shows its two samplers.
+
     Returns:
       The figures, and a ``Drawn`` or ``TextDrawn``.
 
@@ -327,6 +329,10 @@ def _draw_samples(out: Path, title: str, experiment: Experiment, drawn: Drawn) -
     pictures.draw_points(
         out / "samples.png", [(title, data.from_unit(drawn.x[:count])), ("real", data.x[:count])]
     )
+    if drawn.clouds is not None:
+        flow, noisy = (data.from_unit(x) for x in drawn.clouds)
+        panels = [("probability flow", flow), ("reverse SDE", noisy), ("real", data.x[: len(flow)])]
+        pictures.draw_points(out / "gap.png", panels)
 
 
 def open_run(folder: Path) -> Run:

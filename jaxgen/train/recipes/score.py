@@ -2,7 +2,9 @@ r"""The score-based recipe: data, process, network, loss and optimiser, made fro
 
 The network always sees a state of unit variance and the noise level :math:`\log(\sigma/\alpha)/4`,
 whatever the process (``score.precondition``, arXiv 2206.00364): one network serves VP and VE alike.
-``prediction="edm"`` trains EDM's preconditioned denoiser, the other kinds predict directly.
+``prediction="edm"`` trains EDM's preconditioned denoiser, the other kinds predict directly. With
+``fokker_planck`` a log-density is learned instead, of points in a few dimensions, and the score is
+its gradient (``score.fokker_planck``, arXiv 2311.15996).
 Dequantisation noise is drawn in the loss, from the step's key.
 """
 
@@ -20,8 +22,9 @@ import optax
 from jaxgen import nets, process, score, solve
 from jaxgen.core import keys
 from jaxgen.core.arrays import left_broadcast
+from jaxgen.nets.potential import PotentialMLP
 from jaxgen.process import LinearSDE
-from jaxgen.score import Field
+from jaxgen.score import Field, fokker_planck
 from jaxgen.share import Shared
 from jaxgen.train.data import Dataset
 from jaxgen.train.recipes.config import ConfigError, Resolved
@@ -36,6 +39,8 @@ DATA_RANGE = (-1.0, 1.0)
 _TIME_SCALE = 100.0
 # Sets the key of a pool apart from those of the network's own layers.
 _POOL = 0x9001
+# Dimensions up to which the penalty's exact Laplacian is cheap.
+_POTENTIAL_DIMS = 10
 
 
 def init_once(init: Callable[..., Any], key: jax.Array, *args: Any) -> Any:
@@ -96,6 +101,8 @@ class Experiment:
     @property
     def prediction(self) -> str:
         """What ``field`` predicts, one of ``score.PREDICTIONS``."""
+        if self.config.fokker_planck is not None:
+            return "score"
         return "data" if self.config.prediction == "edm" else self.config.prediction
 
     @property
@@ -137,6 +144,8 @@ class Experiment:
             the whole distribution.
           dropout_key: draws dropout, as in training.
         """
+        if self.config.fokker_planck is not None:
+            return fokker_planck.potential_score(self.potential(params))
         train = dropout_key is not None and self.config.dropout > 0
         params = self.weights(params)
         rngs = {"dropout": dropout_key} if train else None
@@ -147,6 +156,13 @@ class Experiment:
         if self.config.prediction == "edm":
             return score.precondition(net, self.sde, self.sigma_data)
         return self._direct(net)
+
+    def potential(self, params: Any) -> Field:
+        """The learned log-density ``u(x, t)``, up to a function of time; with ``fokker_planck``."""
+        params = self.weights(params)
+        return fokker_planck.precondition_potential(
+            lambda x, t: self.net.apply(params, x, t), self.sde, self.sigma_data
+        )
 
     def _direct(self, net: Field) -> Field:
         sde = self.sde
@@ -175,14 +191,27 @@ class Experiment:
         if self.config.labels:
             hidden = keys.uniform(key_label, x0.shape[:1]) < self.config.label_dropout
             label = jnp.where(hidden, self.train.num_classes or 0, batch["label"])
-        weighting = self.config.weighting
+        named = self.config.weighting
+        weighting = score.weighting.edm(self.sigma_data) if named == "edm" else named
+        if self.config.fokker_planck is not None:
+            return fokker_planck.regularised_loss(
+                key_loss,
+                self.potential(params),
+                self.sde,
+                x0,
+                weight=self.config.fokker_planck,
+                weighting=weighting,
+                time=self.config.times,
+                # In this unit one weight serves every process.
+                residual_weighting=fokker_planck.per_log_level,
+            )
         return score.denoising_loss(
             key_loss,
             self.field(params, label, dropout_key=key_dropout),
             self.sde,
             x0,
             prediction=self.prediction,
-            weighting=score.weighting.edm(self.sigma_data) if weighting == "edm" else weighting,
+            weighting=weighting,
             time=self.config.times,
         )
 
@@ -231,6 +260,30 @@ class Experiment:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
+def _check_potential(config: Resolved, data: Dataset) -> None:
+    """Refuse what does not go with a learned log-density.
+
+    Raises:
+      ConfigError: which setting, and what would do.
+    """
+    if len(data.event) != 1 or data.event[0] > _POTENTIAL_DIMS:
+        raise ConfigError(
+            f"fokker_planck is for points of at most {_POTENTIAL_DIMS} numbers, such as moons; "
+            f"{data.name} holds examples of shape {data.event}; leave it out"
+        )
+    if config.prediction not in ("edm", "score"):
+        raise ConfigError(
+            f"prediction is {config.prediction}; with fokker_planck a log-density is learned, "
+            "whose gradient is the score: leave prediction out"
+        )
+    for name, plain in (("labels", False), ("dropout", 0.0), ("precision", "float32")):
+        if getattr(config, name) != plain:
+            raise ConfigError(
+                f"{name} is {getattr(config, name)}, which does not go with fokker_planck; leave "
+                "it out"
+            )
+
+
 def build(config: Resolved, data: Dataset) -> Experiment:
     """The experiment of a configuration and its data.
 
@@ -251,8 +304,11 @@ def build(config: Resolved, data: Dataset) -> Experiment:
         "time_scale": _TIME_SCALE,
         "dtype": dtype,
     }
-    if data.is_image:
-        net: Any = nets.UNet(
+    if config.fokker_planck is not None:
+        _check_potential(config, data)
+        net: Any = PotentialMLP(width=config.width, depth=config.blocks)
+    elif data.is_image:
+        net = nets.UNet(
             **shared,
             channel_mults=config.channel_mults,
             blocks=config.blocks,
