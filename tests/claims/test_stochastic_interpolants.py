@@ -23,10 +23,14 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from jaxgen import nets
+from jaxgen.metrics import sliced_wasserstein
 from jaxgen.process.interpolant import interpolant
 from jaxgen.score.closed_form import two_mixtures
+from jaxgen.score.interpolant import interpolant_loss
 from jaxgen.solve.interpolant import interpolant_sample, interpolant_terms
 from jaxgen.solve.path import GridPath
 
@@ -166,3 +170,77 @@ def test_the_sampler_has_the_law_that_was_computed():
             _, mean, variance = (float(v) for v in _divergence(*values, kind="score"))
         assert abs(x.mean() - mean) < 4 * np.sqrt(variance / n) + 1 / steps, (x.mean(), mean)
         assert abs(x.var() / variance - 1) < 4 * np.sqrt(2 / n) + 4 / steps, (x.var(), variance)
+
+
+def _checkerboard(key, n):
+    """Uniform on the eight dark squares of a 4 x 4 board on [-2, 2]^2."""
+    key_column, key_row, key_inside = jax.random.split(key, 3)
+    column = jax.random.randint(key_column, (n,), 0, 4)
+    row = 2 * jax.random.randint(key_row, (n,), 0, 2) + column % 2
+    return jnp.stack([column, row], axis=1) - 2 + jax.random.uniform(key_inside, (n, 2))
+
+
+@pytest.mark.slow
+def test_learnt_fields_of_a_checkerboard():
+    """Networks for b and the noise, 3000 steps: the SDE is not behind the flow by two s.e.
+
+    Measured over eight sets of 4000 samples in sliced Wasserstein distance, of which two exact
+    sets are 0.033 apart.
+    """
+    interp, net, n = interpolant("linear"), nets.MLP(width=128, depth=3), 4000
+    key_b, key_noise, key_train, key_sample = jax.random.split(jax.random.key(0), 4)
+    inputs = jnp.zeros((1, 2)), jnp.zeros((1,))
+    params = {"b": net.init(key_b, *inputs), "noise": net.init(key_noise, *inputs)}
+    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, 3000))
+
+    def loss(params, key):
+        key_ends, key_data, key_loss = jax.random.split(key, 3)
+        x0, x1 = jax.random.normal(key_ends, (512, 2)), _checkerboard(key_data, 512)
+        return sum(
+            interpolant_loss(
+                jax.random.fold_in(key_loss, i),
+                functools.partial(net.apply, params[target]),
+                interp,
+                x0,
+                x1,
+                target=target,
+            ).mean()
+            for i, target in enumerate(("b", "noise"))
+        )
+
+    @jax.jit
+    def train(params):
+        def step(carry, n):
+            params, state = carry
+            slope = jax.grad(loss)(params, jax.random.fold_in(key_train, n))
+            updates, state = optimizer.update(slope, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        start = params, optimizer.init(params)
+        return jax.lax.scan(step, start, jnp.arange(3000))[0][0]
+
+    @jax.jit
+    def distance(params, key, epsilon):
+        key_start, key_path, key_data, key_slices = jax.random.split(key, 4)
+        out = interpolant_sample(
+            key_path,
+            functools.partial(net.apply, params["b"]),
+            functools.partial(net.apply, params["noise"]),
+            interp,
+            jax.random.normal(key_start, (n, 2)),
+            epsilon=epsilon,
+            kinds=("b", "noise"),
+            steps=200,
+            t_min=CUT,
+            t_max=1 - CUT,
+        )
+        return sliced_wasserstein(key_slices, out.x, _checkerboard(key_data, n))
+
+    params = train(params)
+    flow, sde = (
+        np.array([distance(params, k, e) for k in jax.random.split(key_sample, 8)])
+        for e in (0.0, 0.5)
+    )
+    error = np.std(sde - flow, ddof=1) / 8**0.5
+    print(f"flow {flow.mean():.4f}, SDE {sde.mean():.4f}, s.e. of the difference {error:.4f}")
+    assert sde.mean() <= flow.mean() + 2 * error
