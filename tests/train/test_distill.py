@@ -10,7 +10,6 @@ import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxgen import train
-from jaxgen.adapt.slimflow import one_step
 from jaxgen.cli import distill as command
 from jaxgen.cli import evaluate, sample
 from jaxgen.cli.errors import guarded
@@ -99,12 +98,9 @@ def test_samples_are_the_students_in_one_evaluation(one_step_moons, tmp_path, ca
     assert call(sample, one_step_moons, "--n", 3, "--seed", 5, "--out", out) == 0
     assert "euler_time on the time grid, 1 steps, 1 evaluations" in capsys.readouterr().out
     run = open_run(one_step_moons)
-    velocity = distill._velocity(run.experiment)
     # The sampler's own noise.
     z = start(jax.random.key(5), run.experiment.sde, (125, 2), None, "velocity", None, None, 0).x
-    made = jax.jit(
-        lambda z: one_step(lambda x, t: velocity(run.params, x, t), z, t_min=distill.T_MIN)
-    )(z)
+    made = jax.jit(distill.student_sampler(run.experiment))(run.params, z)
     x = run.experiment.train.from_unit(np.asarray(made))
     np.testing.assert_allclose(np.load(out)["x"], x[:3], atol=1e-3)
 

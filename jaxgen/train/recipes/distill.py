@@ -44,7 +44,16 @@ from jaxgen.train.report import read_lines
 from jaxgen.train.state import TrainState
 from jaxgen.train.step import make_train_step
 
-__all__ = ["DistillConfig", "Distillation", "distill_run", "is_distilled", "prepare_distillation"]
+__all__ = [
+    "DistillConfig",
+    "Distillation",
+    "distill_run",
+    "is_distilled",
+    "prepare_distillation",
+    "student_sampler",
+    "teacher_sampler",
+    "yardstick",
+]
 
 Say = Callable[[str], None]
 
@@ -462,6 +471,21 @@ def student_sampler(student: Experiment) -> Callable[..., jax.Array]:
     return draw
 
 
+def yardstick(
+    key: jax.Array, experiment: Experiment
+) -> tuple[str, Callable[[np.ndarray], dict[str, Any]]]:
+    """The distance that suits the data, and a function from samples to its figures.
+
+    Of labelled images the Frechet distance, by a classifier that is trained here; else the sliced
+    Wasserstein distance.
+    """
+    data = experiment.train
+    if not data.is_image or data.label is None:
+        return "sliced_wasserstein", lambda x: sliced(key, data, x)
+    judge = train_judge(key, data, experiment.held_out, steps=experiment.config.classifier_steps)
+    return "frechet", lambda x: judged(judge, data, x)
+
+
 def _measure(
     job: Distillation, made: dict[str, Any], seconds: dict[str, float], say: Say
 ) -> dict[str, Any]:
@@ -475,14 +499,7 @@ def _measure(
     n = math.ceil(config.eval_samples / CHUNK) * CHUNK
     z = np.asarray(keys.normal(key_noise, (n, *data.event)))
     say(f"measuring, {n} samples each")
-    judge = None
-    if data.is_image and data.label is not None:
-        judge = train_judge(key_judge, data, student.held_out, steps=config.classifier_steps)
-
-    def figures_of(x: np.ndarray) -> dict[str, Any]:
-        return judged(judge, data, x) if judge is not None else sliced(key_judge, data, x)
-
-    kind = "frechet" if judge is not None else "sliced_wasserstein"
+    kind, figures_of = yardstick(key_judge, student)
     weights = teacher.experiment.weights(teacher.params)
     jobs: list[tuple[str, int, Callable[..., jax.Array], Any]] = [
         ("teacher", e, teacher_sampler(teacher.experiment, e), weights)
