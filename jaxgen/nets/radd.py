@@ -3,7 +3,9 @@ r"""Transformers that predict clean tokens from partly masked ones: without time
 ``RADDTransformer`` (Ou et al., arXiv 2406.03736, section 3.1) is a bidirectional transformer that
 is told nothing of time, since the conditionals of clean data have none in them: pre-LayerNorm,
 attention without biases and with rotary positions on queries and keys (Su et al., arXiv
-2104.09864), a tanh-GELU MLP of four times the width, and a last layer that starts at zero.
+2104.09864), a tanh-GELU MLP of four times the width, and a last layer that starts at zero. The
+biases of the norms in the blocks start at one, as published: what all tokens have in common lets
+a head prefer a distance before it knows a token, and so leave the frequencies of characters sooner.
 
 ``TimedTransformer`` is its rival, the same with the share of masked tokens given to every block as
 scale, shift and gate (adaLN-zero; Peebles and Xie, arXiv 2212.09748), as in SEDD and MDLM.
@@ -60,7 +62,7 @@ class _Block(nn.Module):
             terms = list(jnp.split(out[:, None, :], 6, axis=-1))
 
         def normed(x: jax.Array, shift: jax.Array | None, scale: jax.Array | None) -> jax.Array:
-            h = nn.LayerNorm(dtype=self.dtype)(x)
+            h = nn.LayerNorm(dtype=self.dtype, bias_init=nn.initializers.ones)(x)
             return h if shift is None or scale is None else h * (1 + scale) + shift
 
         def added(x: jax.Array, h: jax.Array, gate: jax.Array | None) -> jax.Array:
