@@ -123,6 +123,15 @@ def test_tuned_at_100_and_1000_evaluations(task):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("task", ["mask", "average"])
+def test_not_behind_at_100_evaluations_where_both_have_two_tunings(task):
+    ours = [(r, w) for r in (0.05, 0.07) for w in (0.01, 0.025, 0.05, 0.1)]
+    theirs = [(z, e) for z in (0.5, 1.0, 1.5, 2.0, 3.0) for e in (0.0, 0.5)]
+    _, gap, error = compare(task, 100, ours, theirs, 2)
+    assert gap > -error
+
+
+@pytest.mark.slow
 def test_hdr_tuned_at_100_and_1000_evaluations():
     before = measured("hdr")
     for steps in (100, 1000):
