@@ -193,9 +193,10 @@ class Interpolant:
 
     # --- coefficients ---------------------------------------------------------------------------
 
-    def _time(self, t: ArrayLike) -> jax.Array:
+    def _time(self, t: ArrayLike, checked: bool = True) -> jax.Array:
         known, is_fine = _inside(jnp.asarray(t))
-        checks.debug_check(is_fine, "t is outside [0, 1]: {t}", t=jnp.asarray(t))
+        if checked:
+            checks.debug_check(is_fine, "t is outside [0, 1]: {t}", t=jnp.asarray(t))
         return known
 
     def _value_and_slope(self, function: Any, t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -260,16 +261,16 @@ class Interpolant:
         limit = jnp.where(product == 0, 0.0, jnp.sign(product) * jnp.inf)
         return jnp.where(at_end, limit, product / jnp.where(at_end, 1.0, gamma))
 
-    def noise_rates(self, t: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    def noise_rates(self, t: ArrayLike, *, checked: bool = True) -> tuple[jax.Array, jax.Array]:
         """Level of the Gaussian part, and its product with its own time derivative.
 
         The level is ``gamma``, or ``alpha`` for a one-sided interpolant; the product is finite at
-        both ends for every named kind.
+        both ends for every named kind. ``checked`` is as in ``position``.
 
         Returns:
           Two arrays of ``t``'s shape, in float32 or wider.
         """
-        t = self._time(t)
+        t = self._time(t, checked)
         if not self.one_sided:
             return self._gamma_rates(t)
         level, slope = self._value_and_slope(self.alpha_fn, t)
@@ -310,18 +311,23 @@ class Interpolant:
         dtype = jnp.promote_types(x0.dtype, x1.dtype)
         return x0.astype(dtype), x1.astype(dtype)
 
-    def position(self, x0: ArrayLike, x1: ArrayLike, t: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    def position(
+        self, x0: ArrayLike, x1: ArrayLike, t: ArrayLike, *, checked: bool = True
+    ) -> tuple[jax.Array, jax.Array]:
         """``I(t, x0, x1)`` and its time derivative, both in float32 or wider.
 
         Args:
           x0: ``(batch, *event)`` or one example.
           x1: of ``x0``'s shape.
           t: times, ``()`` or ``(batch,)``.
+          checked: report a time out of range under ``checkify``; it is NaN in any case. A report
+            costs a compiled function its fast dispatch, so times that were drawn in range go
+            without.
         """
         x0, x1 = self.ends(x0, x1)
         wide = at_least_f32(x0.dtype)
         x0, x1 = x0.astype(wide), x1.astype(wide)
-        time = self._time(t)
+        time = self._time(t, checked)
         if self.path_fn is None:
             alpha, alpha_dot = self._value_and_slope(self.alpha_fn, time)
             beta, beta_dot = self._value_and_slope(self.beta_fn, time)
@@ -396,7 +402,8 @@ class Interpolant:
         x0, x1 = self.ends(x0, x1, noise=z)
         z = x0 if z is None else z.astype(x0.dtype)
         x_t, velocity = self.position(x0, x1, t)
-        x_t = x_t + left_broadcast(self.gamma(t), x0) * z.astype(x_t.dtype)
+        if self.gamma2_fn is not None:
+            x_t = x_t + left_broadcast(self.gamma(t), x0) * z.astype(x_t.dtype)
         return x_t.astype(x0.dtype), z, velocity.astype(x0.dtype)
 
 

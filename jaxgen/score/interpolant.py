@@ -68,7 +68,14 @@ def _draw(
 
     def draw(k: jax.Array) -> tuple[jax.Array, jax.Array]:
         key_time, key_noise = jax.random.split(k)
-        return jax.random.uniform(key_time, (), wide), jax.random.normal(key_noise, event, wide)
+        u = jax.random.uniform(key_time, (), wide)
+        # Zeros where gamma is, so that a flow does not pay for noise that it has not.
+        z = (
+            jax.random.normal(key_noise, event, wide)
+            if interp.has_noise
+            else jnp.zeros(event, wide)
+        )
+        return u, z
 
     u, z = keys.map_batch(draw, key, batch)
     t = t_min + (jnp.asarray(t_max, wide) - t_min) * u
@@ -76,10 +83,11 @@ def _draw(
     x0, x1 = interp.ends(x0, x1, noise=z.astype(x1.dtype))
     if interp.one_sided:
         z = x0
-        inner, slope = interp.position(jnp.zeros_like(x0), x1, t)
+        inner, slope = interp.position(jnp.zeros_like(x0), x1, t, checked=False)
     else:
-        inner, slope = interp.position(x0, x1, t)
-    return t, z.astype(x0.dtype).astype(inner.dtype), interp.noise_rates(t)[0], inner, slope
+        inner, slope = interp.position(x0, x1, t, checked=False)
+    level, _ = interp.noise_rates(t, checked=False)
+    return t, z.astype(x0.dtype).astype(inner.dtype), level, inner, slope
 
 
 def _regress(
@@ -183,7 +191,7 @@ def interpolant_loss(
         )
     t, z, level, inner, slope = _draw(key, interp, x0, x1, t_min, t_max, event_ndim)
     dtype = jnp.promote_types(jnp.asarray(x1).dtype, jnp.asarray(x1 if x0 is None else x0).dtype)
-    _, product = interp.noise_rates(t)
+    _, product = interp.noise_rates(t, checked=False)
     factor: jax.Array | None = None
     known = jnp.zeros_like(inner)
     if target == "noise":
@@ -248,7 +256,7 @@ def schrodinger_objective(
         raise ValueError(f"epsilon is {float(known)}; expected at least 0")
     t, z, level, inner, slope = _draw(key, interp, x0, x1, t_min, t_max, event_ndim)
     dtype = jnp.promote_types(jnp.asarray(x1).dtype, jnp.asarray(x1 if x0 is None else x0).dtype)
-    factor = (interp.noise_rates(t)[1] - epsilon) / level
+    factor = (interp.noise_rates(t, checked=False)[1] - epsilon) / level
     return _regress(
         field, t, z, level, inner, slope, factor, dtype, "energy", antithetic, event_ndim
     )

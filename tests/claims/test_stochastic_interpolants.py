@@ -184,8 +184,9 @@ def _checkerboard(key, n):
 def test_learnt_fields_of_a_checkerboard():
     """Networks for b and the noise, 3000 steps: the SDE is not behind the flow by two s.e.
 
-    Measured over eight sets of 4000 samples in sliced Wasserstein distance, of which two exact
-    sets are 0.033 apart.
+    Over eight sets of 4000 samples, in sliced Wasserstein distance: flow 0.0385, SDE 0.0414,
+    standard error of the difference 0.0039. Two exact sets are 0.041 apart: both are as good as
+    that can tell.
     """
     interp, net, n = interpolant("linear"), nets.MLP(width=128, depth=3), 4000
     key_b, key_noise, key_train, key_sample = jax.random.split(jax.random.key(0), 4)
