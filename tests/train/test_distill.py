@@ -18,7 +18,8 @@ from jaxgen.train.recipes import distill
 from jaxgen.train.recipes.config import ScoreConfig, write_yaml
 from jaxgen.train.recipes.run import open_run, prepare
 
-SMALL = {"width": 8, "blocks": 1, "batch_size": 16, "eval_samples": 20, "classifier_steps": 3}
+# A batch of 17 does not divide over the suite's eight devices, whose collectives take long.
+SMALL = {"width": 8, "blocks": 1, "batch_size": 17, "eval_samples": 20, "classifier_steps": 3}
 WORDS = ["--pairs", "140", "--reflow-steps", "6", "--distill-steps", "4", "--width", "6", "--quiet"]
 
 
@@ -61,7 +62,10 @@ def moons(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_step_moons(moons):
-    assert call(command, moons, *WORDS) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        # Each count of the teacher's is a compilation.
+        patch.setattr(distill, "TEACHER_EVALUATIONS", (1, 50))
+        assert call(command, moons, *WORDS) == 0
     return moons.with_name("moons-one-step")
 
 
@@ -85,11 +89,11 @@ def test_the_folder_of_a_distilled_run(moons, one_step_moons):
     figures = json.loads((one_step_moons / "metrics.json").read_text())
     rows = figures["distilled"]["rows"]
     assert [(r["generator"], r["evaluations"]) for r in rows] == [
-        ("teacher", 50), ("teacher", 5), ("teacher", 2), ("teacher", 1), ("one step", 1),
-        ("one step, unguided", 1), ("flow, undistilled", 1),
+        ("teacher", 50), ("teacher", 1), ("one step", 1), ("one step, unguided", 1),
+        ("flow, undistilled", 1),
     ]  # fmt: skip
     assert all(r["sliced_wasserstein"] > 0 for r in rows) and rows[0]["rmse"] == 0
-    assert rows[4]["sliced_wasserstein"] == figures["sliced_wasserstein"]["model_to_data"]
+    assert rows[2]["sliced_wasserstein"] == figures["sliced_wasserstein"]["model_to_data"]
     assert figures["parameters"] < figures["distilled"]["teacher_parameters"]
 
 

@@ -52,6 +52,7 @@ __all__ = [
     "prepare_distillation",
     "student_sampler",
     "teacher_sampler",
+    "train_students",
     "yardstick",
 ]
 
@@ -358,10 +359,25 @@ def distill_run(
       Interrupted, Diverged, CheckpointError, OSError: see ``train.fit``.
       ValueError: ``pairs/`` holds something else.
     """
-    config, student, out = job.config, job.student, job.out
     done = _finished(job)
     if done is not None:
         return done
+    made, seconds = train_students(job, progress=progress, say=say)
+    return _measure(job, made, seconds, say)
+
+
+def train_students(
+    job: Distillation, *, progress: bool | None = None, say: Say = lambda line: None
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The averaged parameters of ``"flow"``, ``"naive"`` (if asked for) and ``"guided"``.
+
+    Returns:
+      These, and the seconds of the pairs.
+
+    Raises:
+      As ``distill_run``.
+    """
+    config, student, out = job.config, job.student, job.out
     out.mkdir(parents=True, exist_ok=True)
     replace_text(out / ABOUT, json.dumps(job.about, indent=1) + "\n")
     write_yaml(out / "config.yaml", student.config)
@@ -416,7 +432,7 @@ def distill_run(
         number=2,
         progress=progress,
     )
-    return _measure(job, made, seconds, say)
+    return made, seconds
 
 
 # --- what it is worth ---------------------------------------------------------------------------
