@@ -38,11 +38,15 @@ def figures_text(figures: Mapping[str, Any]) -> str:
             )
     if "ode_sde_gap" in figures:
         gap = figures["ode_sde_gap"]
-        lines.append(
-            f"{'ODE-SDE gap':<16}W2 {gap['w2']} between probability flow and reverse SDE; to the "
-            f"data {gap['ode_to_data']} and {gap['sde_to_data']}; data to data "
-            f"{gap['data_to_data']} ({gap['count']} on each side)"
-        )
+        lines += [
+            f"{title:<16}{named} {found['ode_to_sde']} between probability flow and reverse SDE; "
+            f"to the data {found['ode_to_data']} and {found['sde_to_data']}; data to data "
+            f"{found['data_to_data']} ({gap['count']} on each side)"
+            for title, named, found in (
+                ("ODE-SDE gap", "W2", gap["w2"]),
+                ("", "sliced", gap["sliced_wasserstein"]),
+            )
+        ]
     if "classifier" in figures:
         judge = figures["classifier"]
         lines.append(

@@ -3,14 +3,15 @@ r"""Exact 2-Wasserstein distance between two samples, or two histograms of one g
     W2^2(p, q) = min over couplings of E|x - y|^2                                           (1)
 
 - ``"sorted"``: on the line the optimal plan pairs sorted values.
-- ``"assignment"``: two clouds of n points each are paired by a permutation, in O(n^3): half a
-  second for 2,000 points on one core.
+- ``"assignment"``: two clouds of n points each are paired by a permutation, in O(n^3): one second
+  for 2,000 points in the plane that lie close, five for clouds that lie apart, on one core.
 - ``"grid"``: both clouds are counted in the cells of one grid, and (1) is solved between the two
   histograms. The squared distance is a sum over axes, so that mass may move along one axis after
   the other: a min-cost flow through d layers with N^(d+1) arcs each instead of N^(2d) pairs
   (Auricchio, Bassetti, Gualandi and Veneroni, NeurIPS 2018, arXiv 1805.07416), solved as a linear
-  programme. Two to three seconds for 64 x 64 cells on one core, whatever the number of points.
-  Counting moves each law by at most ``spacing sqrt(d)/2``, about ``spacing sqrt(d/12)``.
+  programme. Whatever the number of points, half a second for 32 x 32 cells on one core, seven for
+  48 x 48; 64 x 64 took from two seconds (smooth histograms) to a minute (4,000 points). Counting
+  moves each law by at most ``spacing sqrt(d)/2``, about ``spacing sqrt(d/12)``.
 
 The last two run on the host, in SciPy (which JAX itself installs). Two samples of one law are not
 at distance zero: compare with the distance between two independent samples of that law.
@@ -44,7 +45,7 @@ def wasserstein2(
     y: ArrayLike,
     *,
     method: str | None = None,
-    bins: int = 64,
+    bins: int = 32,
     bounds: tuple[float, float] | None = None,
 ) -> jax.Array:
     """The 2-Wasserstein distance between two samples (not its square).

@@ -129,7 +129,7 @@ def test_the_very_last_step_of_the_sde_is_without_noise_and_the_others_are_not()
         assert abs(np.var(x) - exact) < 4 * exact * np.sqrt(2 / 4000)
     # One step only: no noise at all but the start's, of which each sampler has its own.
     one = ode_sde_gap(
-        key, lambda x, t: 0 * x, SDE, (50, 2), prediction="score", grid=[T, 4.0], refine=None
+        key, lambda x, t: 0 * x, SDE, (50, 2), prediction="score", grid=np.array([T, 4.0]), refine=None
     )
     first = SDE.prior_sample(jax.random.key(0), (50, 2))
     assert not np.allclose(one.ode, one.sde) and one.ode.shape == first.shape
@@ -176,7 +176,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"refine\[0\] is -1"):
         ode_sde_gap(key, model_score(0.1), SDE, (3, 1), refine=(-1, 2))
     with pytest.raises(ValueError, match="grid is"):
-        ode_sde_gap(key, model_score(0.1), SDE, (3, 1), grid=[1.0, 2.0])
+        ode_sde_gap(key, model_score(0.1), SDE, (3, 1), grid=np.array([1.0, 2.0]))
     with pytest.raises(TypeError, match="typed key"):
         ode_sde_gap(jnp.zeros(2, jnp.uint32), model_score(0.1), SDE, (3, 1))
     with pytest.raises(ValueError, match=r"times has shape \(3,\); expected \(3 \+ 1"):
