@@ -59,6 +59,9 @@ ANNEALINGS = ("linear", "exp", "cosine", "constant")
 
 _FIRST = ("student", "teacher")
 
+# The last time drawn: a field of ``process.rectified()`` is undefined still nearer to the data.
+_LAST = 1 - 1e-5
+
 
 def _check_open(name: str, value: Any) -> None:
     """Refuse a known number outside of (0, 1)."""
@@ -110,7 +113,7 @@ def _times(
         return jnp.ones(batch, dtype)
     if schedule == "uniform":
         u = keys.map_batch(lambda k: jax.random.uniform(k, dtype=dtype), key, batch)
-        return low * (1 - u) + u
+        return low * (1 - u) + jnp.asarray(_LAST, dtype) * u
     steps = int(schedule)
     i = keys.map_batch(lambda k: jax.random.randint(k, (), 0, steps), key, batch)
     return low + (1 - low) * (i.astype(dtype) / steps)
@@ -138,9 +141,9 @@ def flow_matching_loss(
       x0: noise ``(batch, *event)``, real floating.
       x1: data, like ``x0``; independent of it, or its partner.
       t_min: first time, in (0, 1).
-      t_schedule: ``"uniform"`` on [t_min, 1]; ``"start"``, t_min alone (distillation to one
-        step); ``"end"``, 1 alone (to a one-step encoder); or a number k of steps, one of their
-        k starts t_min + i (1 - t_min)/k.
+      t_schedule: ``"uniform"`` on [t_min, 1 - 1e-5], the end of ``process.rectified()``;
+        ``"start"``, t_min alone (distillation to one step); ``"end"``, 1 alone (to a one-step
+        encoder); or a number k of steps, one of their k starts t_min + i (1 - t_min)/k.
       distance: ``D(a, b) -> (batch,)`` between x0 + prediction and x1; the mean square over an
         example's entries if ``None``.
       weight: ``"uniform"``, or a function of ``t`` that the loss is multiplied by.

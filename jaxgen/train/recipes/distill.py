@@ -75,17 +75,17 @@ class DistillConfig:
     width: int | None = None
     """Channels of the student's finest level; by default half the run's, a quarter of its
     weights."""
-    pairs: int = 5000
+    pairs: int = 3000
     """Pairs of noise and sample that the teacher makes."""
     teacher_steps: int = 48
     """Evaluations of the teacher for each pair, by unipc along its probability flow."""
-    reflow_steps: int = 3000
+    reflow_steps: int = 2000
     """Training steps of the student's flow between the pairs."""
     annealing: Literal["linear", "cosine"] = "linear"
     """How the pairing goes from independent to the teacher's."""
     anneal_share: float = 0.3
     """The share of those steps that it takes; 0 starts with the teacher's pairs."""
-    distill_steps: int = 2000
+    distill_steps: int = 1000
     """Training steps of the distillation to one step."""
     first: Literal["student", "teacher"] = "student"
     """Who takes the first half-step of the guidance: the student, or its frozen flow."""
@@ -443,7 +443,13 @@ def _finished(job: Distillation) -> dict[str, Any] | None:
         figures = json.loads((job.out / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return figures if figures.get("step", -1) >= job.config.distill_steps else None
+    is_whole = figures.get("step", -1) >= job.config.distill_steps
+    return figures if is_whole and figures["samples"]["count"] == _samples(job) else None
+
+
+def _samples(job: Distillation) -> int:
+    """Samples to judge, in whole chunks."""
+    return math.ceil(job.student.config.eval_samples / CHUNK) * CHUNK
 
 
 def _drawn(
@@ -512,7 +518,7 @@ def _measure(
     key_noise, key_judge = jax.random.split(
         jax.random.fold_in(jax.random.key(job.config.seed), _MEASURE)
     )
-    n = math.ceil(config.eval_samples / CHUNK) * CHUNK
+    n = _samples(job)
     z = np.asarray(keys.normal(key_noise, (n, *data.event)))
     say(f"measuring, {n} samples each")
     kind, figures_of = yardstick(key_judge, student)
