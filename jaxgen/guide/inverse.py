@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxgen.core import checks, keys
-from jaxgen.core.arrays import at_least_f32, batch_event, real_dtype, safe_sqrt
+from jaxgen.core.arrays import at_least_f32, batch_event, real_dtype, safe_sqrt, varying_zeros
 from jaxgen.process.linear import LinearSDE
 from jaxgen.score.prediction import PREDICTIONS, Field, convert
 from jaxgen.solve.meter import Ticker
@@ -112,6 +112,10 @@ class Problem:
             return jax.random.normal(jax.random.fold_in(key, n), self.event, self.wide)
 
         return self.each(one, self.keys)
+
+    def varying(self, x: jax.Array) -> jax.Array:
+        """``x`` to start a loop with: under ``shard_map`` as varied as the measurement."""
+        return x + varying_zeros(x.shape, x.dtype, jnp.real(self.y))
 
     def finish(
         self, x: jax.Array, method: str, steps: int, calls: int, losses: jax.Array | None = None
@@ -293,6 +297,7 @@ def run_levels(
         z = problem.noise(0)
         mu = problem.sde.centre(z)
         x = sigma[0] * z if mu is None else mu + sigma[0] * z
+    x = problem.varying(x)
     tick = Ticker(steps, method) if progress else None
 
     def body(x: jax.Array, level: Level) -> tuple[jax.Array, None]:

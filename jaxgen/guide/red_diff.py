@@ -316,6 +316,10 @@ def red_diff(
     mu = problem.pinv(problem.y) if mu_init is None else jnp.asarray(mu_init).astype(problem.wide)
     rule = optax.adam(0.1, b1=0.9, b2=0.99) if optimizer is None else optimizer
     tick = Ticker(steps, "red_diff") if progress else None
+    mu = problem.varying(mu)
+    state = jax.tree.map(
+        lambda v: problem.varying(v) if jnp.shape(v) == mu.shape else v, rule.init(mu)
+    )
 
     def body(carry: Any, step: Any) -> tuple[Any, jax.Array]:
         mu, state = carry
@@ -328,5 +332,5 @@ def red_diff(
         return (optax.apply_updates(mu, change), state), loss
 
     index = jnp.arange(steps, dtype=jnp.uint32)
-    (mu, _), losses = jax.lax.scan(body, (mu, rule.init(mu)), (index, times))
+    (mu, _), losses = jax.lax.scan(body, (mu, state), (index, times))
     return problem.finish(mu, "red_diff", steps, steps * particles, losses)

@@ -293,6 +293,30 @@ def test_an_example_is_the_same_alone_in_a_batch_and_under_vmap(key):
         np.testing.assert_allclose(whole, each, atol=1e-5)
 
 
+def test_inside_shard_map(key):
+    prior = score.closed_form.gaussian(SDE, jnp.asarray(MEAN), jnp.asarray(COV))
+    y = jnp.linspace(-1.0, 1.0, 8)[:, None] * jnp.array([[1.0, 0.0, 0.0]])
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("data",), auto, devices=jax.devices()[:2])
+
+    def run(y, i):
+        own = jax.random.fold_in(key, i)
+        return [
+            restore(own, prior.noise, SDE, y, operators.mask(SEEN), method=name, steps=4).x
+            for name in ("red_diff", "pigdm", "repaint")
+        ]
+
+    spec = jax.P("data")
+    whole = jax.jit(
+        jax.shard_map(
+            lambda y: run(y, jax.lax.axis_index("data")), mesh=mesh, in_specs=spec, out_specs=spec
+        )
+    )(y)
+    second = jax.jit(run)(y[4:], 1)
+    for ours, truth in zip(whole, second, strict=True):
+        np.testing.assert_allclose(ours[4:], truth, atol=1e-5)
+
+
 def test_several_keys_tell_the_spread(key):
     prior = score.closed_form.gaussian(SDE, jnp.asarray(MEAN), jnp.asarray(COV))
     y = jnp.array([[0.6, 0.0, 0.0]])

@@ -117,6 +117,38 @@ def test_the_gradient_for_an_operator_and_a_prior_that_are_not_linear(key):
     assert abs(float(truth[0])) > 20 * error
 
 
+def test_the_noise_of_q_and_the_means_of_both_terms(key):
+    """The variance tells sigma_x0's noise from the level's; no prior leaves A^T (A mu - y)/n_y."""
+    c, s0, n, mu = 0.5, 0.7, 20_000, jnp.array([0.3, -0.2, 0.5, 0.1])
+    sde, pool, y = process.cosine(), operators.average_pool(2), jnp.array([0.2, -0.4])
+    prior = score.closed_form.gaussian(sde, jnp.zeros(4), c)
+
+    @jax.jit
+    def run(key):
+        drawn = red_diff_gradient(
+            key,
+            prior.noise,
+            sde,
+            jnp.broadcast_to(mu, (n, 4)),
+            0.5,
+            jnp.broadcast_to(y, (n, 2)),
+            pool,
+            weight=1.0,
+            obs_weight=0.0,
+            sigma_x0=s0,
+        )
+        options = {"weight": 0.0, "obs_weight": 0.8, "event_ndim": 1}
+        return drawn, red_diff_gradient(key, prior.noise, sde, mu, 0.5, y, pool, **options)
+
+    drawn, fit = run(key)
+    a = s = np.sqrt(0.5)
+    spread = a**2 * c + s**2
+    variance = ((s * a * s0 / spread) ** 2 + (1 - s**2 / spread) ** 2) / 4**2
+    assert (np.abs(np.var(drawn, axis=0) - variance) < 4.5 * variance * np.sqrt(2 / n)).all()
+    matrix = np.kron(np.eye(2), [[0.5, 0.5]])
+    np.testing.assert_allclose(fit, 0.8 * matrix.T @ (matrix @ mu - y) / 2, atol=1e-6)
+
+
 def test_particles_average_their_gradients(key):
     mu, y, t = jnp.array([[0.2, 0.1], [0.0, 0.3]]), jnp.full((2, 1), Y), jnp.array([40.0, 500, 900])
     options = {"sigma_x0": 0.1}
