@@ -13,7 +13,8 @@ and along the backward SDE of any epsilon from X_1 = x, with the noise dW in its
 
 on every path. The last integral has mean zero, so the paper leaves it out; it is the perfect
 control variate, after which only the error of the steps is left in the spread over paths: the
-standard deviation falls as the square root of a step.
+standard deviation falls as the square root of a step. The mean's own error is of the order of a
+step, and no standard error shows it: take more steps until it no longer moves.
 
 With learnt fields (1) is the density of the flow's law, exactly to the solver's tolerance. (2) is
 an estimate for the SDE's law only up to the error of the score: read it so.
@@ -47,7 +48,8 @@ class InterpolantLikelihood(NamedTuple):
 
     Attributes:
       log_prob: nats per example, float32 or wider; NaN where the solve failed.
-      stderr: standard error over the paths of the SDE; 0 for the flow.
+      stderr: standard error over the paths of the SDE, without the error of the steps; 0 for the
+        flow.
       nfe: evaluations of both fields, int32, over all paths; derivatives are not counted.
       result: diffrax's ``RESULTS``, of shape ``nfe.shape``.
     """

@@ -257,6 +257,30 @@ def test_mirror_needs_only_a_score(key):
     assert int(back.nfe) == 50  # Heun, twice a step
 
 
+def test_likelihoods_map_over_keys_and_take_one_example(key):
+    """A mapped call is the calls one by one; an example alone is that of a batch."""
+    x = jnp.array([[0.5, 1.0], [-1.0, 2.0]])
+
+    @jax.jit
+    def run(keys, x):
+        def measure(key, x, **options):
+            return interpolant_log_likelihood(
+                key, lambda x, t: -x, lambda x, t: -x, LAW.interp, x, lambda x: x[:, 0],
+                epsilon=0.3, steps=5, paths=3, **options,
+            )  # fmt: skip
+
+        mapped = jax.vmap(lambda key: measure(key, x))(keys)
+        # The probe and the paths of an example come from two keys, so one key is not enough.
+        whole, alone = measure(keys[0], x), measure(keys[0], x[0], event_ndim=1)
+        return mapped, whole, alone
+
+    keys = jax.random.split(key, 2)
+    mapped, whole, alone = run(keys, x)
+    np.testing.assert_allclose(mapped.log_prob[0], whole.log_prob, rtol=1e-5)
+    assert alone.log_prob.shape == () and int(alone.nfe) == 15
+    assert np.isfinite(alone.log_prob) and mapped.stderr.shape == (2, 2)
+
+
 def test_failure_is_nan_and_says_so(key):
     """A field that is NaN in one example; too few steps."""
 
