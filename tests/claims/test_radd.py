@@ -130,7 +130,7 @@ def test_a_network_without_time_bounds_as_well_as_one_with_it():
     x, entropy = chain(4000, 16)
     process = absorbing(8)
     x, hidden = jnp.asarray(x[:3600]), jnp.asarray(x[3600:])
-    free, timed, sizes = compare(process, x, hidden, 32, 28, 1, 300, 64, 1)
+    free, timed, sizes = compare(process, x, hidden, 32, 28, 1, 200, 64, 1)
     difference, error, _ = report(free, timed, sizes)
     print(f"entropy {entropy:.4f} bits per token")
     assert free.mean() < 0.5 * (entropy + 3)

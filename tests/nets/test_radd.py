@@ -98,12 +98,13 @@ def test_dropout_and_bfloat16():
     net = RADDTransformer(**SIZES, dropout=0.5, dtype=jnp.bfloat16)
     variables = perturbed(jax.jit(net.init)(jax.random.key(0), X))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
-    plain = net.apply(variables, X)
-    full = RADDTransformer(**SIZES).apply(variables, X)
+    plain = jax.jit(net.apply)(variables, X)
+    full = jax.jit(RADDTransformer(**SIZES).apply)(variables, X)
     assert plain.dtype == jnp.float32
     # bfloat16 has three digits, in values of the order of ten through two blocks.
     assert float(jnp.abs(plain - full).mean()) < 0.03 * float(jnp.abs(full).mean()) + 0.05
-    drawn = [net.apply(variables, X, True, rngs={"dropout": jax.random.key(i)}) for i in (0, 1)]
+    draw = jax.jit(lambda key: net.apply(variables, X, True, rngs={"dropout": key}))
+    drawn = [draw(jax.random.key(i)) for i in (0, 1)]
     assert float(jnp.abs(drawn[0] - drawn[1]).mean()) > 0.1
 
 

@@ -73,8 +73,14 @@ def test_the_bound_of_exact_conditionals_is_the_entropy():
     assert bound(0.999) == pytest.approx(3.35379, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", discrete.LOSSES)
-@pytest.mark.parametrize("draws", discrete.DRAWS)
+@pytest.mark.parametrize(
+    ("kind", "draws"),
+    [
+        *((kind, "independent") for kind in discrete.LOSSES),
+        ("k_dce", "decoupled"),
+        ("t_dce", "stratified"),
+    ],
+)
 def test_the_mean_loss_is_the_entropy(key, kind, draws):
     n = 40_000
     chosen = jax.random.choice(key, len(CLEAN), (n,), p=jnp.asarray(JOINT.reshape(-1)))
@@ -99,7 +105,9 @@ def noisy(x):
 def test_score_entropy_equals_cross_entropy_point_by_point(key):
     x0 = jax.random.randint(key, (200, L), 0, V)
     for process in (PROCESS, absorbing(V, "geometric", sigma_min=1e-3)):
-        dse, dce = (radd_loss(key, noisy, process, x0, kind=k) for k in ("t_dse", "t_dce"))
+        dse, dce = jax.jit(
+            lambda process: [radd_loss(key, noisy, process, x0, kind=k) for k in ("t_dse", "t_dce")]
+        )(process)
         assert float(dce.max()) > 1
         np.testing.assert_allclose(dse, dce, rtol=1e-5, atol=1e-5)
 
@@ -125,15 +133,19 @@ def test_every_order_has_the_exact_likelihood_of_exact_conditionals():
     nll = jax.jit(jax.vmap(lambda o: aoarm_nll(exact, PROCESS, x0, o)))(orders)
     truth = -np.log(JOINT.reshape(-1)[[5, 40, 77]])
     np.testing.assert_allclose(nll, np.broadcast_to(truth, nll.shape), rtol=1e-5)
-    own = aoarm_nll(noisy, PROCESS, x0, orders[:3])
-    alone = aoarm_nll(noisy, PROCESS, x0[1], orders[1], event_ndim=1)
+    own, alone = jax.jit(
+        lambda o: (
+            aoarm_nll(noisy, PROCESS, x0, o),
+            aoarm_nll(noisy, PROCESS, x0[1], o[1], event_ndim=1),
+        )
+    )(orders[:3])
     np.testing.assert_allclose(own[1], alone, rtol=1e-5)
 
 
 def test_the_mean_over_orders_is_the_expectation_of_k_dce(key):
     orders = jnp.asarray(list(itertools.permutations(range(L))))
     x0 = jnp.asarray([2, 0, 1, 1])
-    nll = jax.vmap(lambda o: aoarm_nll(noisy, PROCESS, x0, o, event_ndim=1))(orders)
+    nll = jax.jit(jax.vmap(lambda o: aoarm_nll(noisy, PROCESS, x0, o, event_ndim=1)))(orders)
     many = jnp.broadcast_to(x0, (20_000, L))
     loss = jax.jit(lambda k, x: radd_loss(k, noisy, PROCESS, x, kind="k_dce"))(key, many)
     error = float(loss.std()) / len(many) ** 0.5
@@ -152,7 +164,7 @@ def test_the_mask_has_no_probability():
 def test_a_network_that_takes_the_level_is_given_it(key):
     x0 = jnp.zeros((300, L), jnp.int32)
     seen = lambda x, lam: jnp.stack([jnp.zeros(x.shape), 0 * x + lam[:, None], -9e9 + 0.0 * x], -1)  # noqa: E731
-    for kind in discrete.LOSSES:
+    for kind in ("t_dce", "k_dce"):
         loss, per_mask = jax.jit(
             lambda k, x, kind=kind: (
                 radd_loss(k, seen, PROCESS, x, kind=kind, takes_level=True),

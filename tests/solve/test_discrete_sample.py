@@ -51,7 +51,9 @@ def draw(key, process, n, steps, method="tweedie", cache=True):
     return radd_sample(key, exact, process, (n, L), steps, method=method, cache=cache)
 
 
-@pytest.mark.parametrize("steps", DISTANCES)
+@pytest.mark.parametrize(
+    "steps", [s if s in (1, 4, 64) else pytest.param(s, marks=pytest.mark.slow) for s in DISTANCES]
+)
 def test_the_law_of_the_samples_nears_the_joint_law(key, steps):
     n = 40_000
     out = draw(key, EXACT, n, steps)
@@ -119,14 +121,11 @@ def test_a_sequence_does_not_change_with_its_batch(key):
         return (
             radd_sample(key, exact, EXACT, (5, L), 9),
             radd_sample(key, exact, EXACT, (2, L), 9, first_index=3),
-            one(own[4]),
             jax.vmap(one)(own),
         )
 
-    whole, part, alone, many = runs(key)
+    whole, part, many = runs(key)
     assert (whole.x[3:] == part.x).all()
-    assert (whole.x[4] == alone.x).all()
-    assert alone.nfe.shape == () and int(alone.nfe) == int(whole.nfe[4])
     assert (many.x == whole.x).all() and (many.nfe == whole.nfe).all()
 
 
@@ -146,19 +145,17 @@ def test_prompts_stay_and_the_rest_is_drawn_given_them(key):
 
 def test_a_prompt_mask_chooses_what_counts(key):
     prompt, chosen = jnp.array([2, 2, 2, 2]), jnp.array([True, False, False, True])
-    out = radd_sample(key, uniform, EXACT, (200, L), 8, prompt=prompt, prompt_mask=chosen)
+    each = jnp.broadcast_to(prompt, (200, L))
+    marks = jnp.broadcast_to(chosen, each.shape)
+    run = functools.partial(radd_sample, key, uniform, EXACT, (200, L), 8)
+    out, same = jax.jit(
+        lambda: (
+            run(prompt=prompt, prompt_mask=chosen),
+            run(prompt=each, prompt_mask=marks),
+        )
+    )()
     assert (out.x[:, [0, 3]] == 2).all()
     assert len(np.unique(out.x[:, 1])) == V
-    each = jnp.broadcast_to(prompt, (200, L))
-    same = radd_sample(
-        key,
-        uniform,
-        EXACT,
-        (200, L),
-        8,
-        prompt=each,
-        prompt_mask=jnp.broadcast_to(chosen, each.shape),
-    )
     assert (same.x == out.x).all()
 
 
