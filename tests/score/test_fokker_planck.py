@@ -1,5 +1,6 @@
 """Fokker-Planck residuals: zero on exact densities, known on wrong ones; unbiased estimates."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -10,6 +11,7 @@ import pytest
 from jax.experimental import checkify
 
 from jaxgen import process, score
+from jaxgen.nets.potential import PotentialMLP, softplus
 from jaxgen.process import LinearSDE
 from jaxgen.score import fokker_planck as fp
 
@@ -285,6 +287,47 @@ def test_potential_score_on_batches_and_on_one_example():
     np.testing.assert_allclose(field(x, 0.5), form.score(x, 0.5), rtol=1e-3, atol=1e-4)
     low = fp.potential_score(cubic)(x.astype(jnp.bfloat16), t[:, None][:, 0])
     assert low.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_vanishing_network_is_gaussian_data_under_every_process(name):
+    sde = dataclasses.replace(PROCESSES[name](), mu=jnp.asarray([0.5, -1.0]))
+    u = fp.precondition_potential(lambda x, t: 0 * t, sde, 1.3)
+    x = 3 * jax.random.normal(jax.random.key(1), (6, 2))
+    t = jnp.asarray([0.01, 0.1, 0.3, 0.6, 0.9, 1.0])
+    form = score.closed_form.gaussian(sde, sde.mu, 1.3**2)
+    ours, true, alone = jax.jit(lambda x, t: (u(x, t), form.log_prob(x, t), jax.vmap(u)(x, t)))(
+        x, t
+    )
+    np.testing.assert_allclose(ours - np.log(2 * np.pi), true, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(alone, ours, rtol=1e-5)
+
+
+def test_a_network_sees_numbers_of_order_one_and_its_score_is_conservative():
+    net, sde = PotentialMLP(width=8, depth=2, activation=softplus(5.0)), process.ve()
+    seen = []
+
+    def spy(x, t):
+        seen.append((x, t))
+        return net.apply(params, x, t)
+
+    x, t = 40 * jax.random.normal(jax.random.key(1), (64, 2)), jnp.full((64,), 0.97)
+    params = net.init(jax.random.key(0), x, t)
+    u = fp.precondition_potential(spy, sde, 1.0)
+    u(x, t)
+    scaled, level = seen[0]
+    assert 0.8 < scaled.std() < 1.4 and (np.abs(level) < 2).all()
+    assert fp.check_curvature(u, x, t) > 0
+    jacobian = jax.jacfwd(lambda y: fp.potential_score(u)(y[None], t[:1])[0])(x[0])
+    np.testing.assert_allclose(jacobian, jacobian.T, rtol=1e-4, atol=1e-7)
+    assert net.apply(params, x, t).shape == (64,) and softplus(5.0) is softplus(5.0)
+    np.testing.assert_allclose(
+        softplus(100.0)(jnp.asarray([-1.0, 0.0, 1.0])), [0.0, np.log(2) / 100, 1.0], atol=1e-6
+    )
+    with pytest.raises(ValueError, match="sharpness is 0"):
+        softplus(0)
+    with pytest.raises(ValueError, match="label"):
+        net.apply(params, x, t, jnp.zeros(64, int))
 
 
 def test_bad_input_is_named():
