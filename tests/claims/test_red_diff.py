@@ -1,4 +1,20 @@
-"""RED-diff (Mardani et al., ICLR 2024, arXiv 2305.04391)."""
+"""RED-diff (Mardani et al., ICLR 2024, arXiv 2305.04391).
+
+The claim: descent on the image with a denoiser as regulariser is ahead of diffusion posterior
+sampling at few evaluations and without derivatives of the network (``test_guide_red_diff.py`` has
+the latter). 297 digits under a mixture prior on 1500 others, whose field is exact; PSNR in dB, the
+mean of two keys, each method by its best tuning (RED-diff's rate and weight, DPS' zeta):
+
+                    100 evaluations        ahead by        1000 evaluations    ahead by
+    half masked     19.13 against 18.11    1.02 (+- .15)   18.99, 18.78        0.21 (+- .11)
+    2 x 2 average   17.42 against 17.02    0.40 (+- .14)
+    HDR (zeta, eta) 23.88 against 19.43    4.45 (+- .12)   23.13, 20.42 (100 digits)
+
+DPS is the published one, ancestral; where its eta is tuned too, and RED-diff's tunings are refined
+as much, RED-diff is 0.77 (+- .15) ahead on masks and 0.27 (+- .15) on averages, and at 20
+evaluations the two are level. The HDR measurement itself has 20.3 dB. On a Gaussian prior DPS and
+PiGDM are better at every count: that is a test here too.
+"""
 
 import functools
 
