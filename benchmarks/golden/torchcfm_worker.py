@@ -52,7 +52,7 @@ class Session:
             loss = torch.mean((v_t - u_t) ** 2)
             loss.backward()
             self.optimizer.step()
-        return {"loss": float(loss)}
+        return {"loss": float(loss.detach())}
 
     def sample(self, steps):
         """Euler's method over equal steps."""
