@@ -68,7 +68,9 @@ def test_adjoint_and_pseudo_inverse(name):
     np.testing.assert_allclose(ridge.ravel(), truth, atol=1e-8)
     if name not in ("composition", "grey_pixels"):
         # For these y has a part that no x reaches, which conjugate gradients do not take out.
-        np.testing.assert_allclose(inverse.ravel(), np.linalg.pinv(matrix) @ y.ravel(), atol=1e-8)
+        # The kernel leaves nothing of some frequencies, but for rounding.
+        truth = np.linalg.pinv(matrix, rcond=1e-3 if name == "blur" else 1e-12) @ y.ravel()
+        np.testing.assert_allclose(inverse.ravel(), truth, atol=1e-8)
     assert 0 < rank <= len(matrix)
 
 
