@@ -99,6 +99,7 @@ def run(words: Sequence[str]) -> int:
     figures = runs.train_run(experiment, progress=False if args.quiet else None, say=say)
     print(figures_text(figures))
     names = ["samples.txt"] if is_text else []
+    names += ["gap.png"] if "ode_sde_gap" in figures else []
     names += ["samples.png", "curves.png"]
     print(f"see {', '.join(str(out / name) for name in names)} and {out / 'metrics.json'}")
     return 0
