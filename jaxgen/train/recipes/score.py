@@ -22,7 +22,7 @@ import optax
 from jaxgen import nets, process, score, solve
 from jaxgen.core import keys
 from jaxgen.core.arrays import left_broadcast
-from jaxgen.nets.potential import PotentialMLP
+from jaxgen.nets.potential import PotentialMLP, softplus
 from jaxgen.process import LinearSDE
 from jaxgen.score import Field, fokker_planck
 from jaxgen.share import Shared
@@ -41,6 +41,9 @@ _TIME_SCALE = 100.0
 _POOL = 0x9001
 # Dimensions up to which the penalty's exact Laplacian is cheap.
 _POTENTIAL_DIMS = 10
+# Of the potential's activation. At the published 100 the penalty, which sees curvature in bands of
+# width 1/100, blurred the moons: W2 of the reverse SDE to the data 0.22 against 0.14 without it.
+_SHARPNESS = 20.0
 
 
 def init_once(init: Callable[..., Any], key: jax.Array, *args: Any) -> Any:
@@ -306,7 +309,7 @@ def build(config: Resolved, data: Dataset) -> Experiment:
     }
     if config.fokker_planck is not None:
         _check_potential(config, data)
-        net: Any = PotentialMLP(width=config.width, depth=config.blocks)
+        net: Any = PotentialMLP(config.width, config.blocks, softplus(_SHARPNESS))
     elif data.is_image:
         net = nets.UNet(
             **shared,
