@@ -289,8 +289,10 @@ def _bridge(a, epsilon, s0, s1, shift):
 @jax.jit
 def _objective(key, log_a, case):
     """The objective with u at its inner minimum, its standard error and its slope in log a."""
-    law, drift = _bridge(jnp.exp(log_a), *case)
-    x0, x1 = law.ends(key, (8192, 1))
+    _, drift = _bridge(jnp.exp(log_a), *case)
+    _, s0, s1, shift = case
+    x0, x1 = jax.random.normal(jax.random.fold_in(key, 1), (2, 8192, 1))
+    x0, x1 = s0 * x0, shift + s1 * x1
 
     def value(log_a):
         # The drift is not differentiated: at the inner minimum its change does not count.
@@ -321,21 +323,24 @@ def _ascend(key, case):
 
 
 @pytest.mark.parametrize(
-    ("case", "energies"),
+    ("case", "energies", "ascends"),
     [
-        ((0.5, 1.0, 0.5, 2.0), {1.4142136: 5.410307, 1.0: 5.4431, 2.0: 5.4638}),
-        ((1.0, 1.0, 1.0, 0.0), {2.8284271: 0.934320}),
+        ((0.5, 1.0, 0.5, 2.0), {1.4142136: 5.410307, 1.0: 5.4431, 2.0: 5.4638}, True),
+        ((1.0, 1.0, 1.0, 0.0), {2.8284271: 0.934320}, False),
+        pytest.param((1.0, 1.0, 1.0, 0.0), {}, True, marks=pytest.mark.slow),
     ],
 )
-def test_the_bridge_between_gaussians(case, energies):
+def test_the_bridge_between_gaussians(case, energies, ascends):
     """Minus half of the kinetic energy; the ascent in a reaches the card's best."""
     best = 2 * np.sqrt(case[1] ** 2 * case[2] ** 2 + case[0] ** 2)
     case = tuple(jnp.float32(c) for c in case)
     for a, energy in energies.items():
         mean, error, _ = _objective(jax.random.key(0), jnp.log(a), case)
         assert abs(mean + 0.5 * energy) < 4 * error, (a, mean, error)
-    reached = _ascend(jax.random.key(1), case)
-    assert abs(reached / best - 1) < 0.01, (reached, best)
+    if ascends:
+        reached = _ascend(jax.random.key(1), case)
+        print(reached, best)
+        assert abs(reached / best - 1) < 0.01, (reached, best)
 
 
 @pytest.mark.slow
