@@ -80,6 +80,16 @@ class Spread:
     method: str = dataclasses.field(metadata={"static": True})
     steps: int = dataclasses.field(metadata={"static": True})
 
+    def best(self) -> jax.Array:
+        """Of each measurement the restoration of least residual, like ``mean``.
+
+        For operators under which several images look alike (phase retrieval), where a mean of them
+        is none.
+        """
+        index = jnp.argmin(self.residual, axis=0)[None]
+        index = index.reshape(index.shape + (1,) * (self.x.ndim - index.ndim))
+        return jnp.take_along_axis(self.x, index, axis=0, mode="clip")[0]
+
 
 def restore_many(
     key: jax.Array,

@@ -327,7 +327,7 @@ def test_several_keys_tell_the_spread(key):
     prior = score.closed_form.gaussian(SDE, jnp.asarray(MEAN), jnp.asarray(COV))
     y = jnp.array([[0.6, 0.0, 0.0]])
     seen = operators.mask(SEEN)
-    options = {"method": "projection", "steps": 20}
+    options = {"method": "projection", "steps": 20, "sigma_y": 1e-3}
 
     @jax.jit
     def run(key):
@@ -340,8 +340,10 @@ def test_several_keys_tell_the_spread(key):
     np.testing.assert_allclose(many.x[1], second.x, atol=1e-5)
     np.testing.assert_allclose(many.std, np.std(many.x, axis=0), atol=1e-5)
     np.testing.assert_allclose(many.mean, np.mean(many.x, axis=0), atol=1e-5)
-    # What is seen is agreed on.
-    assert float(many.std[0, 0]) < 1e-5 < 0.05 < float(many.std[0, 1:].min())
+    least = np.asarray(many.residual)[:, 0].argmin()
+    np.testing.assert_array_equal(many.best(), many.x[least])
+    # What is seen is agreed on, but for its noise of 1e-3.
+    assert float(many.std[0, 0]) < 2e-3 < 0.05 < float(many.std[0, 1:].min())
     assert int(many.nfe) == 120 and many.method == "projection"
 
 
