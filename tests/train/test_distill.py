@@ -28,7 +28,8 @@ def made(folder, **settings):
     experiment = prepare(ScoreConfig(out=str(folder), **SMALL, **settings))
     folder.mkdir()
     write_yaml(folder / "config.yaml", experiment.config)
-    train.save(folder / "checkpoints", experiment.state(), config={})
+    layout = None if experiment.sharing is None else experiment.sharing.layouts
+    train.save(folder / "checkpoints", experiment.state(), config={}, layout=layout)
     return folder
 
 
