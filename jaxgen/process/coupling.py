@@ -52,9 +52,11 @@ def _sinkhorn(key: jax.Array, cost: jax.Array, epsilon: ArrayLike | None) -> jax
             "method 'sinkhorn' needs ott-jax, which is not installed: pip install 'jaxgen[ot]', "
             "or take method='exact'"
         ) from error
-    geom = geometry.Geometry(cost_matrix=cost, epsilon=epsilon)
-    out = sinkhorn.Sinkhorn()(linear_problem.LinearProblem(geom))
-    log_plan = (out.f[:, None] + out.g[None] - cost) / geom.epsilon
+    # ott-jax broadcasts over ranks, which a caller may have forbidden.
+    with jax.numpy_rank_promotion("allow"):
+        geom = geometry.Geometry(cost_matrix=cost, epsilon=epsilon)
+        out = sinkhorn.Sinkhorn()(linear_problem.LinearProblem(geom))
+        log_plan = (out.f[:, None] + out.g[None] - cost) / geom.epsilon
 
     def draw(k: jax.Array, row: jax.Array) -> jax.Array:
         return jax.random.categorical(k, row)
