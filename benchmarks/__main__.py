@@ -22,6 +22,10 @@ NAMES = {
     "filtering": "a bootstrap filter against cuthbert and particles, and against no resampling",
     "smoothing": "PaRIS against particles, and Gibbs sweeps against PaRIS at equal work",
     "sharing": "expand and its gradient against a stored index",
+    "flow_matching": "training steps and samples of a flow against torchcfm, same network",
+    "one_step": "a distilled generator of one evaluation against its teacher at 2 to 50",
+    "inverse": "restored digits: quality, time and memory of every method, with deepinv",
+    "discrete": "text by the cached sampler against one call of the network a step",
 }
 
 

@@ -11,7 +11,13 @@ from jaxgen.process.absorbing import (
 from jaxgen.process.coupling import Coupling, minibatch_coupling
 from jaxgen.process.discrete_betas import discrete_betas
 from jaxgen.process.discretize import DiscreteKernel
-from jaxgen.process.interpolant import INTERPOLANTS, Interpolant, InterpolantRates, interpolant
+from jaxgen.process.interpolant import (
+    GAMMAS,
+    INTERPOLANTS,
+    Interpolant,
+    InterpolantRates,
+    interpolant,
+)
 from jaxgen.process.ir_sde import IRSDETables, ir_sde, ir_sde_tables
 from jaxgen.process.linear import LinearSDE, Rates
 from jaxgen.process.schedules import (
@@ -25,8 +31,10 @@ from jaxgen.process.schedules import (
     ve,
     vp,
 )
+from jaxgen.process.spline_interpolant import spline, spline_interpolant
 
 __all__ = [
+    "GAMMAS",
     "INTERPOLANTS",
     "PROCESSES",
     "Absorbing",
@@ -52,6 +60,8 @@ __all__ = [
     "minibatch_coupling",
     "ouve",
     "rectified",
+    "spline",
+    "spline_interpolant",
     "sub_vp",
     "ve",
     "vp",
