@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import PAIRS, Result, compare, device, versions
+from benchmarks.measure import Result, compare, device, versions
 from jaxgen import train
 from jaxgen.core import keys
 from jaxgen.train import data as datasets
@@ -49,7 +49,13 @@ from jaxgen.train.recipes.run import Run, open_run, prepare
 COUNTS = (50, 10, 5, 2)
 
 
-def results(teacher: Run, student: Run, *, samples: int, pairs: int = PAIRS) -> Iterator[Result]:
+def results(
+    teacher: Run,
+    student: Run,
+    *,
+    samples: int = 500,
+    counts: tuple[int, ...] = COUNTS,
+) -> Iterator[Result]:
     """For each count of the teacher's evaluations, both distances and both times."""
     data = student.experiment.train
     key_noise, key_judge = jax.random.split(jax.random.key(1))
@@ -64,7 +70,7 @@ def results(teacher: Run, student: Run, *, samples: int, pairs: int = PAIRS) -> 
 
     first = jnp.asarray(z[:CHUNK])
     mine: dict[str, Any] = {}
-    for count in COUNTS:
+    for count in counts:
         theirs = jax.jit(teacher_sampler(teacher.experiment, count))
         peer_name = f"the teacher by dpmpp_2m in {count} evaluations"
         # Timed first, so that the first call, which compiles, is seen.
@@ -74,7 +80,6 @@ def results(teacher: Run, student: Run, *, samples: int, pairs: int = PAIRS) -> 
             functools.partial(ours, student.params, first),
             functools.partial(theirs, weights, first),
             peer_name=peer_name,
-            pairs=pairs,
             note=f"a sample, in batches of {CHUNK}",
         )
         yield dataclasses.replace(timed, ours=timed.ours / CHUNK, peer=timed.peer / CHUNK)
@@ -114,20 +119,21 @@ def trained(folder: Path, **settings: Any) -> None:
 
 def run(*, quick: bool) -> Iterator[Result]:
     settings: dict[str, Any] = {}
-    distillation, samples = DistillConfig(naive=False), 500
+    distillation = DistillConfig(naive=False)
+    options: dict[str, Any] = {}
     if quick:
         settings = {"data": "moons", "steps": 5, "batch_size": 32, "width": 8, "blocks": 1}
         distillation = dataclasses.replace(
             distillation, pairs=125, reflow_steps=5, distill_steps=5, n=125
         )
-        samples = 125
+        options = {"samples": 125, "counts": (50, 2)}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         trained(folder, **settings)
         job = prepare_distillation(folder, distillation)
         made, _ = train_students(job, progress=False if quick else None)
         student = Run(job.student, made["guided"], distillation.distill_steps)
-        yield from results(job.teacher, student, samples=samples)
+        yield from results(job.teacher, student, **options)
 
 
 def main() -> None:
@@ -135,7 +141,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the folder of a run")
     parser.add_argument("distilled", type=Path, help="what jaxgen distill made of it")
     args = parser.parse_args()
-    for result in results(open_run(args.run), open_run(args.distilled), samples=500):
+    for result in results(open_run(args.run), open_run(args.distilled)):
         print(result.to_line(), flush=True)
 
 
