@@ -11,8 +11,8 @@ Evaluations of 32 tokens by the log-linear schedule, 500 sequences: 25.33 in 64 
 
 Characters of Python's help topics, 32 at a time, 113,000 parameters a side, 1000 steps of 32, two
 seeds: 3.85 bits per character without time, 3.99 with it; timed minus time-free 0.30 and -0.02
-(0.006 over examples, 0.22 between seeds), frequencies of characters alone 4.68. No difference can be
-told: both leave the frequencies of characters at a step that is a matter of luck.
+(0.006 over examples, 0.22 between seeds), frequencies of characters alone 4.68. No difference can
+be told: both leave the frequencies of characters at a step that is a matter of luck.
 
 Whether a token unmasks does not depend on the network, so that a network with time may skip quiet
 steps just as well: what the time-free one adds is that an output can be kept (the eager count).
