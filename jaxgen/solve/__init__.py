@@ -31,7 +31,7 @@ from jaxgen.solve.predictor_corrector import annealed_langevin, predictor_correc
 from jaxgen.solve.predictors import as_predictor
 from jaxgen.solve.quantization import bits_per_dim, dequantize
 from jaxgen.solve.ranking import RankingConfig
-from jaxgen.solve.reflow import Pairs, reflow_pairs
+from jaxgen.solve.reflow import Pairs, reflow_pairs, scaled_noise, standard_noise
 from jaxgen.solve.registry import SOLVERS
 from jaxgen.solve.sample import sample
 from jaxgen.solve.schedule import (
@@ -149,11 +149,13 @@ __all__ = [
     "sample",
     "save_schedule",
     "save_statistics",
+    "scaled_noise",
     "schedule_from_baseline",
     "schedule_nfe",
     "schedule_times",
     "search",
     "stack_schedules",
+    "standard_noise",
     "straightness",
     "thresholded",
     "unipc",
