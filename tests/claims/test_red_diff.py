@@ -7,8 +7,8 @@ mean of two keys, each method by its best tuning (RED-diff's rate and weight, DP
 
                     100 evaluations        ahead by        1000 evaluations    ahead by
     half masked     19.13 against 18.11    1.02 (+- .15)   18.99, 18.78        0.21 (+- .11)
-    2 x 2 average   17.42 against 17.02    0.40 (+- .14)
-    HDR (zeta, eta) 23.88 against 19.43    4.45 (+- .12)   23.13, 20.42 (100 digits)
+    2 x 2 average   17.42 against 17.02    0.40 (+- .14)   17.60, 17.69        -0.08 (+- .14)
+    HDR (zeta, eta) 23.88 against 19.41    4.47 (+- .12)   23.13, 20.42        2.7 (100 digits)
 
 DPS is the published one, ancestral; where its eta is tuned too, and RED-diff's tunings are refined
 as much, RED-diff is 0.77 (+- .15) ahead on masks and 0.27 (+- .15) on averages, and at 20
