@@ -63,8 +63,8 @@ class ScoreConfig:
     """Which slot of the pool makes each weight: STABLE-RPS, ROAST or HashedNets."""
 
     fokker_planck: float | None = None
-    """For points in the plane: learn a log-density, with this weight on its Fokker-Planck residual;
-    0.1 brings the samplers with and without noise together, 0 is the same network without it."""
+    """For points in the plane: learn a log-density, with this weight on its Fokker-Planck residual,
+    such as 0.1; 0 is the same network without it."""
     discrete_loss: Literal["t_dse", "t_dce", "lambda_dce", "k_dce"] = "lambda_dce"
     """For text: which of the four equivalent losses."""
     length: int | None = None
