@@ -208,8 +208,8 @@ def times_of(sde: LinearSDE, steps: int, grid: str | ArrayLike) -> jax.Array:
       sde: the process.
       steps: how many.
       grid: ``"ddpm"`` (module docstring; the table's own times for ``discrete_betas``), ``"time"``
-        or ``"log_snr"``, equally spaced in either from ``t_end`` to ``t_max``; or ``(steps,)``
-        times in falling order.
+        or ``"log_snr"``, equally spaced in either from ``t_end`` to ``t_max`` (where a single step
+        stands); or ``(steps,)`` times in falling order.
 
     Raises:
       ValueError: ``steps < 1``, an unknown grid, times of another shape, or on the ``"ddpm"`` grid
@@ -235,9 +235,9 @@ def times_of(sde: LinearSDE, steps: int, grid: str | ArrayLike) -> jax.Array:
             return jnp.arange(0, whole, whole // steps, dtype=jnp.float32)
         return jnp.linspace(sde.t_end, sde.t_max, whole)[:: whole // steps]
     if grid == "time":
-        return jnp.linspace(sde.t_end, sde.t_max, steps)
-    ends = sde.log_snr(sde.t_end), sde.log_snr(sde.t_max)
-    return sde.inverse_log_snr(jnp.linspace(*ends, steps))
+        return jnp.linspace(sde.t_max, sde.t_end, steps)[::-1]
+    ends = sde.log_snr(sde.t_max), sde.log_snr(sde.t_end)
+    return sde.inverse_log_snr(jnp.linspace(*ends, steps))[::-1]
 
 
 class Level(NamedTuple):

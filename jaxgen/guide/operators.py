@@ -29,7 +29,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxgen.core import checks
-from jaxgen.core.arrays import at_least_f32, real_dtype
+from jaxgen.core.arrays import at_least_f32, matmul, varying_zeros
 
 __all__ = [
     "Operator",
@@ -215,7 +215,7 @@ class Grayscale(Operator):
             raise ValueError(
                 f"x has shape {x.shape}; expected a last axis of {self.weights.shape[0]} channels"
             )
-        return (x @ self.weights.astype(x.dtype))[..., None]
+        return matmul(x, self.weights.astype(x.dtype))[..., None]
 
     def pinv(self, y: jax.Array, ridge: ArrayLike = 0.0) -> jax.Array:
         return (self.transpose(y) / (jnp.sum(self.weights**2) + ridge)).astype(y.dtype)
@@ -262,11 +262,11 @@ class Blur(Operator):
             )
         pads = [(0, n - k) for k, n in zip(sides, x.shape, strict=False)]
         centred = jnp.roll(
-            jnp.pad(self.kernel.astype(real_dtype(x.dtype)), pads),
+            jnp.pad(self.kernel.astype(at_least_f32(x.dtype)), pads),
             [-(k // 2) for k in sides],
             axis=tuple(range(ndim)),
         )
-        response = jnp.fft.fftn(centred.astype(at_least_f32(x.dtype)))
+        response = jnp.fft.fftn(centred)
         return response.reshape(response.shape + (1,) * (x.ndim - ndim))
 
     def _filter(self, x: jax.Array, response: jax.Array) -> jax.Array:
@@ -346,12 +346,14 @@ class Linear(Operator):
     def __call__(self, x: jax.Array) -> jax.Array:
         if x.shape != self.event:
             raise ValueError(f"x has shape {x.shape}; expected the event {self.event}")
-        return (self.left @ (self.values * (self.right @ x.reshape(-1)))).astype(x.dtype)
+        inner = self.values * matmul(self.right, x.reshape(-1))
+        return matmul(self.left, inner).astype(x.dtype)
 
     def _back(self, y: jax.Array, gains: jax.Array) -> jax.Array:
         if y.shape != self.left.shape[:1]:
             raise ValueError(f"y has shape {y.shape}; expected {self.left.shape[:1]}")
-        return (self.right.T @ (gains * (self.left.T @ y))).reshape(self.event).astype(y.dtype)
+        x = matmul(self.right.T, gains * matmul(self.left.T, y))
+        return x.reshape(self.event).astype(y.dtype)
 
     def pinv(self, y: jax.Array, ridge: ArrayLike = 0.0) -> jax.Array:
         # As numpy.linalg.pinv does, what is below rounding counts as zero.
@@ -419,10 +421,8 @@ class Compose(Operator):
                 y = part.pinv(y, ridge)
             return y
 
-        def gram(v: jax.Array) -> jax.Array:
-            return self(self.transpose(v)) + jnp.asarray(ridge, v.dtype) * v
-
-        return self.transpose(_conjugate_gradients(gram, y, self.iterations))
+        wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+        return _least_squares(self, self.transpose, wide, ridge, self.iterations).astype(y.dtype)
 
     def observed(self, y: jax.Array) -> jax.Array:
         return self.parts[0].observed(y)
@@ -431,8 +431,9 @@ class Compose(Operator):
 def compose(*parts: Operator, iterations: int = 50) -> Compose:
     """Operators one after the other, the last one first: ``compose(f, g)(x) = f(g(x))``.
 
-    The pseudo-inverse of linear parts solves equation (1) by conjugate gradients; if one is not
-    linear it goes back part by part, which is exact only where each part's is.
+    The pseudo-inverse of linear parts solves equation (1) by conjugate gradients on the least
+    squares of x, where few ``iterations`` leave out what the parts damp most, and noise would swell
+    most. If one is not linear it goes back part by part, which is exact only where each part's is.
 
     Args:
       *parts: at least one.
@@ -450,25 +451,42 @@ def compose(*parts: Operator, iterations: int = 50) -> Compose:
     return Compose(tuple(parts), checks.positive_int("iterations", iterations))
 
 
-def _conjugate_gradients(
-    gram: Callable[[jax.Array], jax.Array], y: jax.Array, iterations: int
+def _least_squares(
+    forward: Callable[[jax.Array], jax.Array],
+    back: Callable[[jax.Array], jax.Array],
+    y: jax.Array,
+    ridge: ArrayLike,
+    iterations: int,
 ) -> jax.Array:
-    """``gram^{-1} y`` from zero, at most so many iterations, until the residual is rounding."""
-    start = jnp.vdot(y, y).real
-    least = jnp.finfo(real_dtype(y.dtype)).eps ** 2 * start
+    """``(A^T A + ridge)^{-1} A^T y`` from zero, until the slope is rounding.
+
+    Equation (1) by conjugate gradients, on x and not on y: a y that A cannot reach (noise where
+    rows of A depend on each other) has no place in its equations.
+    """
+
+    def norm2(v: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.abs(v) ** 2)
+
+    slope = back(y)
+    start = norm2(slope)
+    ridge = jnp.asarray(ridge, start.dtype)
+    least = jnp.finfo(start.dtype).eps ** 2 * start
 
     def advance(_: Any, state: Any) -> Any:
-        v, r, p, square = state
-        going = square > least
-        image = gram(p)
-        length = jnp.vdot(p, image).real
-        step = jnp.where(going, square / jnp.where(going, length, 1.0), 0.0).astype(y.dtype)
-        v, r = v + step * p, r - step * image
-        new = jnp.vdot(r, r).real
-        keep = jnp.where(going, new / jnp.where(going, square, 1.0), 0.0).astype(y.dtype)
-        return v, r, r + keep * p, jnp.where(going, new, square)
+        x, gap, p, square = state
+        # So turned, NaN goes on, to every entry.
+        going = ~(square <= least)
+        image = forward(p)
+        length = norm2(image) + ridge * norm2(p)
+        step = jnp.where(going, square / jnp.where(going, length, 1.0), 0.0)
+        x, gap = x + step * p, gap - step * image
+        r = back(gap) - ridge * x
+        new = norm2(r)
+        keep = jnp.where(going, new / jnp.where(going, square, 1.0), 0.0)
+        return x, gap, r + keep * p, jnp.where(going, new, square)
 
-    return jax.lax.fori_loop(0, iterations, advance, (jnp.zeros_like(y), y, y, start))[0]
+    x = varying_zeros(slope.shape, slope.dtype, slope)
+    return jax.lax.fori_loop(0, iterations, advance, (x, y, slope, start))[0]
 
 
 # --- not linear ---------------------------------------------------------------------------------

@@ -66,12 +66,24 @@ def test_adjoint_and_pseudo_inverse(name):
     gram = matrix @ matrix.T
     truth = matrix.T @ np.linalg.solve(gram + 0.3 * np.eye(len(gram)), y.ravel())
     np.testing.assert_allclose(ridge.ravel(), truth, atol=1e-8)
-    if name not in ("composition", "grey_pixels"):
-        # For these y has a part that no x reaches, which conjugate gradients do not take out.
-        # The kernel leaves nothing of some frequencies, but for rounding.
-        truth = np.linalg.pinv(matrix, rcond=1e-3 if name == "blur" else 1e-12) @ y.ravel()
-        np.testing.assert_allclose(inverse.ravel(), truth, atol=1e-8)
+    # The kernel leaves nothing of some frequencies, but for rounding. In a composition y has a part
+    # that no x reaches.
+    truth = np.linalg.pinv(matrix, rcond=1e-3 if name == "blur" else 1e-12) @ y.ravel()
+    np.testing.assert_allclose(inverse.ravel(), truth, atol=1e-8)
     assert 0 < rank <= len(matrix)
+
+
+def test_matrices_are_multiplied_in_full_precision():
+    for operator, event in ((operators.linear(MATRIX), (5,)), (operators.grayscale(), (2, 2, 3))):
+        text = str(jax.make_jaxpr(lambda x, f=operator: f.pinv(f(x)))(jnp.zeros(event)))
+        assert "dot_general" in text and text.count("Precision.HIGHEST") >= text.count("dot_general[")
+
+
+def test_a_composition_with_dependent_rows_and_with_nan():
+    twice = operators.compose(operators.linear(np.array([[1.0, 0], [1, 0]])))
+    np.testing.assert_allclose(twice.pinv(jnp.array([1.0, 2.0])), [1.5, 0.0], atol=1e-6)
+    pooled = operators.compose(operators.average_pool(2))
+    assert np.isnan(pooled.pinv(jnp.array([jnp.nan, 1.0]))).all()
 
 
 def test_a_blur_gives_up_what_it_has_lost():

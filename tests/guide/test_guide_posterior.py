@@ -308,8 +308,12 @@ def test_inside_shard_map(key):
     def run(y, i):
         own = jax.random.fold_in(key, i)
         return [
-            restore(own, prior.noise, SDE, y, operators.mask(SEEN), method=name, steps=4).x
-            for name in ("red_diff", "pigdm", "repaint")
+            restore(own, prior.noise, SDE, y, seen, method=name, steps=4).x
+            for name, seen in (
+                ("red_diff", operators.mask(SEEN)),
+                ("pigdm", operators.compose(operators.mask(SEEN), iterations=2)),
+                ("repaint", operators.mask(SEEN)),
+            )
         ]
 
     spec = jax.P("data")

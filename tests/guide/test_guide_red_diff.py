@@ -277,6 +277,8 @@ def test_times_of_the_ddpm_grid():
         times = np.asarray(times_of(vp, 7, grid))
         np.testing.assert_allclose(times[[0, -1]], [1e-3, 1], rtol=1e-3)
         assert (np.diff(times) > 0).all()
+        # A sampler of one step starts from noise.
+        np.testing.assert_allclose(times_of(vp, 1, grid), [1.0], rtol=1e-5)
     np.testing.assert_array_equal(times_of(vp, 2, jnp.array([0.9, 0.1])), jnp.array([0.1, 0.9]))
 
 
