@@ -238,7 +238,8 @@ class Interpolant:
         square, slope = self._value_and_slope(self.gamma2_fn, t)
         if self.gamma_fn is not None:
             return _like_time(self.gamma_fn(t, *self.params), t), 0.5 * slope
-        return safe_sqrt(square), 0.5 * slope
+        # The root takes a negative number for zero, beside which the product would be wrong.
+        return jnp.where(square < -_SLACK, jnp.nan, safe_sqrt(square)), 0.5 * slope
 
     def gamma(self, t: ArrayLike) -> jax.Array:
         """Coefficient of ``z``, of ``t``'s shape; zero for a one-sided interpolant."""
@@ -258,8 +259,15 @@ class Interpolant:
             return self._value_and_slope(self.gamma_fn, t)[1]
         gamma, product = self._gamma_rates(t)
         at_end = gamma == 0
-        limit = jnp.where(product == 0, 0.0, jnp.sign(product) * jnp.inf)
+        limit = jnp.where(product == 0, self._finite_slope(t), jnp.sign(product) * jnp.inf)
         return jnp.where(at_end, limit, product / jnp.where(at_end, 1.0, gamma))
+
+    def _finite_slope(self, t: jax.Array) -> jax.Array:
+        """Where gamma^2 vanishes with its slope, that of gamma: its square is (gamma^2)''/2."""
+        if self.gamma2_fn is None:
+            return jnp.zeros_like(t)
+        _, second = _slope(lambda s: self._value_and_slope(self.gamma2_fn, s)[1], t)
+        return jnp.where(t < 0.5, 1.0, -1.0).astype(t.dtype) * safe_sqrt(0.5 * second)
 
     def noise_rates(self, t: ArrayLike, *, checked: bool = True) -> tuple[jax.Array, jax.Array]:
         """Level of the Gaussian part, and its product with its own time derivative.
@@ -485,7 +493,6 @@ def _rising(t, *params):
 
 
 @_elementwise
-@_elementwise
 def _nothing(t, *params):
     del params
     return jnp.zeros_like(t)
@@ -571,7 +578,7 @@ def interpolant(
       name: ``"linear" "trig" "encoder_decoder" "mirror" "one_sided_linear" "one_sided_trig"
         "score_based"`` (module docstring), or a function ``I(t, x0, x1)``, whose time derivative
         is taken by ``jax.jvp``; define it at module level.
-      a: scale of gamma^2, positive.
+      a: scale of gamma^2, positive, ``()``; of a traced one that is not, gamma is NaN.
       gamma: ``"brownian"``, gamma^2 = a t (1 - t); ``"quadratic"``, a t^2 (1 - t)^2;
         ``"sine_squared"``, a sin^4(pi t); or ``"zero"``, for flows alone. ``None`` is the kind's
         own: brownian, sine_squared for ``encoder_decoder``, zero for a one-sided kind.
@@ -605,15 +612,19 @@ def interpolant(
     if kind == "mirror" and gamma == "zero":
         raise ValueError("gamma is 'zero' for mirror; expected another: nothing would move")
     gamma2_fn, gamma_fn, largest = GAMMAS[gamma]
-    if isinstance(a, int | float):
-        if not (a > 0 and math.isfinite(a)):
-            raise ValueError(f"a is {a}; expected a finite positive number")
-        if gamma == "zero" and a != 1:
-            raise ValueError(f"a is {a} with gamma 'zero', which has no scale; expected 1")
-        if kind == "trig" and a * largest >= 1:
+    if jnp.shape(a) != ():
+        raise ValueError(f"a has shape {jnp.shape(a)}; expected a finite positive number")
+    known = checks.concrete(a)
+    if known is not None:
+        a_known = float(known)
+        if not (a_known > 0 and math.isfinite(a_known)):
+            raise ValueError(f"a is {a_known}; expected a finite positive number")
+        if gamma == "zero" and a_known != 1:
+            raise ValueError(f"a is {a_known} with gamma 'zero', which has no scale; expected 1")
+        if kind == "trig" and a_known * largest >= 1:
             raise ValueError(
-                f"gamma reaches {math.sqrt(a * largest):.4g} with a = {a}; expected less than 1 "
-                "for trig"
+                f"gamma reaches {math.sqrt(a_known * largest):.4g} with a = {a_known}; expected less "
+                "than 1 for trig"
             )
     if kind == "trig":
         alpha_fn, beta_fn = _OnSphere(alpha_fn, gamma2_fn), _OnSphere(beta_fn, gamma2_fn)

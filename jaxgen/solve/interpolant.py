@@ -74,10 +74,15 @@ class Marginal(eqx.Module):
     epsilon: Any
 
     def diffusion(self, t: Any) -> jax.Array:
-        """``epsilon(t)``, of ``t``'s shape."""
+        """``epsilon(t)``, of ``t``'s shape; NaN where it is negative."""
         t = jnp.asarray(t)
         value = self.epsilon(t) if callable(self.epsilon) else self.epsilon
-        return jnp.broadcast_to(jnp.asarray(value, t.dtype), t.shape)
+        value = jnp.broadcast_to(jnp.asarray(value, t.dtype), t.shape)
+        is_fine = value >= 0
+        if callable(self.epsilon) or isinstance(self.epsilon, jax.core.Tracer):
+            checks.debug_check(jnp.all(is_fine), "epsilon is negative: {value}", value=value)
+        # Its root would be taken for zero, and the drift would not.
+        return jnp.where(is_fine, value, jnp.nan)
 
     @property
     def needs_both(self) -> bool:
@@ -221,8 +226,8 @@ def interpolant_terms(
       s: score field; ``None`` will do if ``epsilon`` is 0.
       interp: the interpolant.
       path: a Brownian path of the state's shape and dtype, for ``epsilon`` other than 0.
-      epsilon: half the squared diffusion: a number, traced or not, or ``f(t)``; at least 0. The
-        Python number 0 gives the flow, an ``ODETerm``.
+      epsilon: half the squared diffusion: a number, traced or not, or ``f(t)``; at least 0, NaN
+        comes of less. The Python number 0 gives the flow, an ``ODETerm``.
       direction: ``"forward"`` or ``"backward"``; of the flow's term both are the same.
       kinds: what ``b`` and ``s`` are: ``"b"`` or ``"v"``, and ``"score"`` or ``"noise"``.
       event_ndim: ``None`` for a batched state; the state's ``ndim`` for one example.

@@ -35,6 +35,11 @@ def _brownian2(t, *params):
     return t * (1 - t)
 
 
+def _quadratic2(t, *params):
+    del params
+    return (t * (1 - t)) ** 2
+
+
 def _curved(t, x0, x1):
     return (1 - t) * x0 + t * x1 + jnp.sin(jnp.pi * t) * x0 * x1
 
@@ -113,6 +118,14 @@ def test_ends_of_time_where_a_derivative_is_infinite():
     for gamma in gammas:
         expected = [1.0, -1.0] if gamma == "quadratic" else [0.0, 0.0]
         np.testing.assert_allclose(out[gamma][1], expected, atol=1e-6)
+    # Of one's own gamma^2 the slope of the root comes from the second derivative.
+    own = Interpolant(_falling, _rising, _quadratic2)
+    np.testing.assert_allclose(own.gamma_dot(jnp.array([0.0, 1.0])), [1.0, -1.0], rtol=1e-5)
+
+
+def test_a_negative_scale_is_nan_where_it_is_traced():
+    gamma = jax.jit(lambda a: interpolant("linear", a).gamma(0.5))(-1.0)
+    assert np.isnan(gamma)
 
 
 @pytest.mark.parametrize("gamma", [g for g in GAMMAS if g != "zero"])
@@ -242,6 +255,9 @@ def test_times_out_of_range_are_nan_and_seen_by_checkify():
         (lambda: interpolant("linear").ends(jnp.ones(2), jnp.ones(3)), "expected the same"),
         (lambda: interpolant("linear").ends(None, jnp.ones(3)), "x0 is None"),
         (lambda: interpolant("linear").path(jnp.ones(2), jnp.ones(2), None, 0.5), "noise"),
+        (lambda: interpolant("linear", np.float32(-1.0)), "a is -1"),
+        (lambda: interpolant("linear", jnp.asarray(-1.0)), "a is -1"),
+        (lambda: interpolant("linear", jnp.ones(2)), "a has shape"),
         (lambda: spline_interpolant(jnp.ones(3), jnp.ones(4), jnp.ones(4)), "n >= 4"),
         (lambda: spline(0.5, jnp.ones((4, 2))), "n >= 4"),
     ],

@@ -306,9 +306,14 @@ def test_failure_is_nan_and_says_so(key):
             None, fine, None, LAW.interp, x, lambda x: x[:, 0], estimator="exact",
             max_steps=2,
         )  # fmt: skip
-        return sde, flow, likelihood, few
+        # An epsilon below zero that nothing knows before: no root of it, so no sample.
+        below = interpolant_sample(
+            key, fine, fine, LAW.interp, x, epsilon=lambda t: 0.5 - t, steps=4
+        )
+        return sde, flow, likelihood, few, below.x
 
-    sde, flow, likelihood, few = run(key, jnp.array([[0.5], [9.0]]))
+    sde, flow, likelihood, few, below = run(key, jnp.array([[0.5], [9.0]]))
+    assert np.isnan(below).all()
     for x in (sde.x[:, 0], flow.x[:, 0], likelihood.log_prob):
         assert np.isfinite(x[0]) and np.isnan(x[1]), x
     for result in (sde.result, flow.result, likelihood.result):
