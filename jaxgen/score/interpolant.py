@@ -251,6 +251,8 @@ def schrodinger_objective(
             f"interp is {interp.kind!r}, one-sided or with gamma zero; expected a two-sided "
             "interpolant with noise"
         )
+    if jnp.shape(epsilon) != ():
+        raise ValueError(f"epsilon has shape {jnp.shape(epsilon)}; expected one number, ()")
     known = checks.concrete(epsilon)
     if known is not None and not float(known) >= 0:
         raise ValueError(f"epsilon is {float(known)}; expected at least 0")
@@ -309,10 +311,18 @@ def _one_sided(
 
 
 def _ends_from(
-    known: dict[str, jax.Array], x: jax.Array, r: dict[str, jax.Array], noise: jax.Array
+    known: dict[str, jax.Array],
+    x: jax.Array,
+    r: dict[str, jax.Array],
+    noise: jax.Array,
+    is_mirror: bool,
 ) -> dict[str, jax.Array]:
     """``x0`` and ``x1`` from the noise and one of ``x0``, ``x1`` and ``v``."""
+    if {"x0", "x1"} <= known.keys():
+        return {"x0": known["x0"], "x1": known["x1"]}
     rest = x - r["gamma"] * noise
+    if is_mirror:
+        return {"x0": rest, "x1": rest}
     if "x0" in known:
         return {"x0": known["x0"], "x1": (rest - r["alpha"] * known["x0"]) / r["beta"]}
     if "x1" in known:
@@ -419,7 +429,7 @@ def convert_interpolant(
     if "b" in have:
         have.setdefault("v", have["b"] + pull)
     if r and target not in ("noise", "score") and have.keys() & {"x0", "x1", "v"}:
-        ends = _ends_from(have, wide, r, have["noise"])
+        ends = _ends_from(have, wide, r, have["noise"], interp.kind == "mirror")
         have.setdefault("v", r["alpha_dot"] * ends["x0"] + r["beta_dot"] * ends["x1"])
         have = ends | have
     if "v" in have:

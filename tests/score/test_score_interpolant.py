@@ -427,7 +427,8 @@ def test_conversions_agree_with_the_closed_form(key):
         ]
         for name in ("one_sided_trig", "score_based")
     }
-    ways |= {"linear": _WAYS, "mirror": [(("score",), "b"), (("noise",), "b"), (("noise",), "v")]}
+    mirror = [("score", "b"), ("noise", "b"), ("noise", "v"), ("noise", "x1"), ("score", "x1")]
+    ways |= {"linear": _WAYS, "mirror": [((k,), to) for k, to in mirror]}
     x = jax.random.normal(key, (8, 2))
     t = jnp.linspace(0.1, 0.9, 8)
 
@@ -470,6 +471,9 @@ def test_conversions_at_the_ends():
                 for t in (0.0, 1.0):
                     known[f"{name} {t}"] = b_from(t, kinds=("v", "score")), law.b(x, t)
                     unknown[f"{name} {t}"] = b_from(t, kinds=("v", "noise"))
+                    both = {kind: getattr(law, kind)(x, t) for kind in ("x0", "x1")}
+                    v = convert_interpolant(both, x, t, law.interp, "v")
+                    known[f"v {t}"] = v, law.v(x, t)
             else:
                 known[name] = b_from(0.0, kinds=("noise",), x1_mean=mean), law.b(x, 0.0)
                 known[f"{name} 1"] = b_from(1.0, kinds=("score",)), law.b(x, 1.0)
