@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxgen.core import checks
+from jaxgen.core.arrays import matmul
 from jaxgen.process.interpolant import Interpolant
 
 __all__ = ["spline", "spline_interpolant"]
@@ -44,7 +45,7 @@ def spline(t: ArrayLike, coefficients: ArrayLike) -> jax.Array:
     distance = jnp.abs(t[..., None] * (n - 3) - jnp.expand_dims(middles, range(t.ndim)))
     near = (4 - 6 * distance**2 + 3 * distance**3) / 6
     far = jnp.maximum(2 - distance, 0.0) ** 3 / 6
-    return jnp.where(distance < 1, near, far) @ coefficients
+    return matmul(jnp.where(distance < 1, near, far), coefficients)
 
 
 def _alpha(t, a, b, g):
