@@ -19,7 +19,6 @@ from jaxgen.nets.layers import check_call
 __all__ = ["PotentialMLP", "softplus"]
 
 
-@functools.cache
 def softplus(sharpness: float = 100.0) -> Callable[[jax.Array], jax.Array]:
     """The activation ``log(1 + exp(b x))/b``, ReLU rounded off over a width of about ``1/b``.
 
@@ -35,6 +34,12 @@ def softplus(sharpness: float = 100.0) -> Callable[[jax.Array], jax.Array]:
     if not sharpness > 0:
         raise ValueError(f"sharpness is {sharpness}; expected a positive number")
 
+    return _softplus(float(sharpness))
+
+
+# Apart from its caller, whose default, name and kind of number would be keys of their own.
+@functools.cache
+def _softplus(sharpness: float) -> Callable[[jax.Array], jax.Array]:
     def activation(x: jax.Array) -> jax.Array:
         return jax.nn.softplus(sharpness * x) / sharpness
 

@@ -324,7 +324,8 @@ def test_a_network_sees_numbers_of_order_one_and_its_score_is_conservative():
     assert fp.check_curvature(u, x, t) > 0
     jacobian = jax.jacfwd(lambda y: fp.potential_score(u)(y[None], t[:1])[0])(x[0])
     np.testing.assert_allclose(jacobian, jacobian.T, rtol=1e-4, atol=1e-7)
-    assert net.apply(params, x, t).shape == (64,) and softplus(5.0) is softplus(5.0)
+    assert net.apply(params, x, t).shape == (64,)
+    assert softplus() is softplus(100) is softplus(sharpness=100.0)
     np.testing.assert_allclose(
         softplus(100.0)(jnp.asarray([-1.0, 0.0, 1.0])), [0.0, np.log(2) / 100, 1.0], atol=1e-6
     )
