@@ -303,7 +303,9 @@ class _Store:
         if manifest.exists():
             _check_manifest(manifest, head)
             return
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # A manifest that was being written when all was killed is nobody's.
+        unfinished = {_temporary(manifest)}
+        if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - unfinished):
             raise ValueError(f"{folder} exists and holds no pairs; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
         _replace(manifest, lambda path: path.write_text(json.dumps(head, indent=1) + "\n"))
@@ -353,9 +355,13 @@ def _check_manifest(path: Path, head: Mapping[str, Any]) -> None:
         )
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Write by rename, so that a reader sees the whole file or none."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     try:
         write(temporary)
         os.replace(temporary, path)

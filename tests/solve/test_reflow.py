@@ -157,6 +157,9 @@ def test_folders_that_hold_something_else(key, tmp_path):
     (folder / "manifest.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(ValueError, match="no manifest of pairs"):
         pairs(made_for="a")
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "manifest.json.tmp").write_text("{")
+    pairs(folder=tmp_path / "killed")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="holds no pairs"):
