@@ -110,9 +110,12 @@ def test_samples_are_the_students_in_one_evaluation(one_step_moons, tmp_path, ca
     np.testing.assert_allclose(np.load(out)["x"], x[:3], atol=1e-4)
 
 
-def test_the_same_command_goes_on(moons, one_step_moons, capsys):
+def test_the_same_command_goes_on(moons, one_step_moons, capsys, monkeypatch):
     before = times(one_step_moons)
     assert call(command, moons, *WORDS) == 0
+    # From inside of the run too, where the folder's name is not in the words.
+    monkeypatch.chdir(moons)
+    assert call(command, ".", *WORDS) == 0
     assert "one step" in capsys.readouterr().out and times(one_step_moons) == before
 
 

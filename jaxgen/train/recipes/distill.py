@@ -190,7 +190,9 @@ def prepare_distillation(folder: Path, config: DistillConfig) -> Distillation:
     if is_distilled(folder):
         raise ConfigError(f"{folder} takes one step already; give the run that it was made from")
     teacher = open_run(folder)
-    out = Path(config.out) if config.out else folder.with_name(f"{folder.name}-one-step")
+    # Of "." the name is known once it is resolved.
+    named = folder if folder.name not in ("", "..") else folder.resolve()
+    out = Path(config.out) if config.out else named.with_name(f"{named.name}-one-step")
     if out.resolve() == folder.resolve():
         raise ConfigError(f"{out} is the run itself; choose another folder by --out")
     run = teacher.experiment.config
