@@ -623,8 +623,8 @@ def interpolant(
             raise ValueError(f"a is {a_known} with gamma 'zero', which has no scale; expected 1")
         if kind == "trig" and a_known * largest >= 1:
             raise ValueError(
-                f"gamma reaches {math.sqrt(a_known * largest):.4g} with a = {a_known}; expected less "
-                "than 1 for trig"
+                f"gamma reaches {math.sqrt(a_known * largest):.4g} with a = {a_known}; expected "
+                "less than 1 for trig"
             )
     if kind == "trig":
         alpha_fn, beta_fn = _OnSphere(alpha_fn, gamma2_fn), _OnSphere(beta_fn, gamma2_fn)
