@@ -174,8 +174,8 @@ def test_a_network_that_takes_the_level_is_given_it(key):
         # log(1 + exp(lam)) for each masked token lies between these.
         ratio = (loss / per_mask)[per_mask > 0] * math.log(V)
         # The largest k is a level of 1, to rounding.
-    low, high = math.log(2), math.log(1 + math.e)
-    assert low < float(ratio.min()) and float(ratio.max()) < high * (1 + 2**-20)
+        low, high = math.log(2), math.log(1 + math.e)
+        assert low < float(ratio.min()) and float(ratio.max()) < high * (1 + 2**-20)
         assert float(ratio.max() - ratio.min()) > 0.3
     alone = radd_loss(
         key, lambda x, lam: jnp.zeros((L, V)) + lam, PROCESS, x0[0], takes_level=True, event_ndim=1
