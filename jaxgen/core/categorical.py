@@ -37,11 +37,12 @@ def filter_logits(
 
     Args:
       logits: floating, ``(..., V)``; they need not be normalised.
-      top_p: mass to keep, ``()`` in (0, 1]; ``None`` keeps all.
+      top_p: mass to keep, ``()`` in (0, 1]; ``None`` and 1 keep all.
       top_k: entries to keep; ``None``, ``V`` and more keep all.
 
     Returns:
-      Like ``logits``, float32 or wider, not normalised again.
+      Like ``logits``, float32 or wider, not normalised again. NaN for a distribution with a NaN,
+      and for a traced ``top_p`` out of range.
 
     Raises:
       ValueError: ``top_p`` or ``top_k`` out of range.
@@ -55,6 +56,7 @@ def filter_logits(
     check_filters(top_p, top_k)
     logits = jnp.asarray(logits)
     logits = logits.astype(at_least_f32(logits.dtype))
+    top_p = None if top_p is None else jnp.asarray(top_p)
     if top_p is None and (top_k is None or top_k >= logits.shape[-1]):
         return logits
     order = jnp.argsort(-logits, axis=-1, stable=True)
@@ -65,5 +67,9 @@ def filter_logits(
     if top_p is not None:
         mass = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(mass, axis=-1) - mass
-        ranked = jnp.where((before < top_p) | (rank == 0), ranked, -jnp.inf)
+        # The sum of all may be 1 before its last.
+        kept = jnp.where((before < top_p) | (rank == 0) | (top_p == 1), ranked, -jnp.inf)
+        ranked = jnp.where((top_p > 0) & (top_p <= 1), kept, jnp.nan)
+    # A NaN has no rank.
+    ranked = jnp.where(jnp.any(jnp.isnan(logits), axis=-1, keepdims=True), jnp.nan, ranked)
     return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)

@@ -98,7 +98,7 @@ class _Body(nn.Module):
         )
         dtype = self.dtype or table.dtype
         # A negative id would count from the end; sent past the end it is filled with NaN.
-        index = jnp.where(x < 0, self.vocabulary + 1, x)
+        index = jnp.where(x < 0, self.vocabulary + 1, x.astype(jnp.int32))
         h = table.astype(dtype).at[index].get(mode="fill", fill_value=jnp.nan)
         for i in range(self.depth):
             block = _Block(self.heads, self.dropout, self.dtype, name=f"block_{i}")

@@ -159,8 +159,15 @@ class Absorbing:
         return jnp.clip(gone / -jnp.expm1(-total), 0.0, 1.0)
 
     def times(self, steps: int, *, t_end: ArrayLike | None = None) -> jax.Array:
-        """Falling times ``(steps + 1,)`` from 1 to ``t_end`` (default ``t_min``), uniform."""
+        """Falling times ``(steps + 1,)`` from 1 to ``t_end`` (default ``t_min``), uniform.
+
+        Raises:
+          ValueError: ``steps`` below 1, or a known ``t_end`` outside (0, 1).
+        """
         checks.positive_int("steps", steps)
+        known = None if t_end is None else checks.concrete(t_end)
+        if known is not None and not (known.shape == () and 0 < known < 1):
+            raise ValueError(f"t_end is {t_end}; expected a time in (0, 1)")
         end = jnp.asarray(self.t_min if t_end is None else t_end)
         share = jnp.arange(steps + 1, dtype=at_least_f32(end.dtype)) / steps
         return (1 - share) + end * share
@@ -176,7 +183,7 @@ class Absorbing:
           t_end: last time, ``t_min`` if ``None``.
 
         Raises:
-          ValueError: ``steps`` below 1, or an unknown method.
+          ValueError: ``steps`` below 1, an unknown method, or a known ``t_end`` outside (0, 1).
         """
         times = self.times(steps, t_end=t_end)
         rho = self.unmask_probability(times[:-1], times[1:], method=method)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxgen.core import checks, keys
-from jaxgen.core.arrays import at_least_f32, batch_event, left_broadcast
+from jaxgen.core.arrays import at_least_f32, batch_event, left_broadcast, varying_zeros
 from jaxgen.process.absorbing import (
     Absorbing,
     check_tokens,
@@ -44,7 +44,7 @@ __all__ = ["DRAWS", "LOSSES", "aoarm_nll", "log_conditionals", "radd_loss", "rad
 LOSSES = ("t_dse", "t_dce", "lambda_dce", "k_dce")
 DRAWS = ("independent", "stratified", "decoupled")
 
-# A probability below this is no longer one in float32; see the card's weight 1/lam.
+# Levels are cut here: next to no token is masked below, and at 0 the weight 1/lam is infinite.
 _LEAST = 1e-6
 
 Conditionals = Callable[..., jax.Array]
@@ -231,7 +231,7 @@ def aoarm_nll(
         return total - jnp.sum(jnp.where(rank == j, own, 0), axis=-1), None
 
     start = jax.eval_shape(write, jnp.zeros(batch), jnp.int32(0))[0]
-    total, _ = jax.lax.scan(write, jnp.zeros(batch, start.dtype), jnp.arange(length))
+    total, _ = jax.lax.scan(write, varying_zeros(batch, start.dtype, x0), jnp.arange(length))
     return jnp.where(fits & is_order, total, jnp.nan)
 
 

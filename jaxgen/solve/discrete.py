@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxgen.core import checks, keys
-from jaxgen.core.arrays import batch_event
+from jaxgen.core.arrays import batch_event, varying_zeros
 from jaxgen.core.categorical import check_filters, filter_logits
 from jaxgen.process.absorbing import METHODS, Absorbing, check_tokens
 from jaxgen.score.discrete import Conditionals, log_conditionals, written_at
@@ -102,9 +102,11 @@ def _write(
     cache: bool,
 ) -> DiscreteSample:
     """Unmask each masked token of ``x`` ``(n, l)`` at its step ``at``, in ``[0, steps)``."""
+    at = jnp.where(x == process.mask, at, -1)
+    # Under ``shard_map`` the loop's state varies as what is drawn does.
+    none = varying_zeros((), jnp.int32, x, at, jax.random.key_data(own_keys))
+    x, first = x + none, jnp.zeros(x.shape[:1], jnp.int32) + none
     pending = x == process.mask
-    at = jnp.where(pending, at, -1)
-    first = jnp.zeros(x.shape[:1], jnp.int32)
 
     def tokens(step: jax.Array, x: jax.Array, pending: jax.Array) -> jax.Array:
         lam = None if lam_of is None else lam_of(step, pending)
@@ -136,7 +138,7 @@ def _write(
         x = jnp.where(now, tokens(same, x, pending), x)
         return x, pending & ~now, nfe, calls + 1
 
-    state: State = (x, pending, first, jnp.int32(0))
+    state: State = (x, pending, first, none)
     if cache:
         x, _, nfe, calls = jax.lax.while_loop(is_busy, jump, state)
     else:
@@ -231,11 +233,12 @@ def radd_sample(
       event_ndim: see ``shape``.
 
     Returns:
-      A ``DiscreteSample``. Where everything stands already, ``nfe`` is 0.
+      A ``DiscreteSample``. Where everything stands already, ``nfe`` is 0. All masks where a traced
+      ``t_end`` or the schedule is no number.
 
     Raises:
-      ValueError: ``steps`` below 1, an unknown method, shapes that do not fit, a filter or a
-        concrete id out of range. TypeError: a raw key, ids that are not integer.
+      ValueError: ``steps`` below 1, an unknown method, shapes that do not fit, a filter, a known
+        ``t_end`` or a concrete id out of range. TypeError: a raw key, ids that are not integer.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -264,7 +267,7 @@ def radd_sample(
         del pending
         return process.mask_probability(times[step])
 
-    return _run(
+    out = _run(
         key,
         field,
         process,
@@ -279,6 +282,8 @@ def radd_sample(
         top_k,
         cache,
     )
+    # A time or a schedule that is no number would unmask all at once, which looks like text.
+    return out._replace(x=jnp.where(jnp.all(jnp.isfinite(rho)), out.x, process.mask))
 
 
 def ordered_sample(

@@ -40,6 +40,16 @@ def test_nothing_to_do_is_nothing_done():
         assert (filter_logits(logits, **options) == logits).all()
 
 
+def test_what_is_no_number_spreads():
+    logits = jnp.array([[0.0, jnp.nan, 1.0], [0.0, 0.5, 1.0]])
+    for options in ({"top_k": 2}, {"top_p": 0.5}):
+        out = filter_logits(logits, **options)
+        assert np.isnan(out[0]).all() and not np.isnan(out[1]).any()
+    many = -jnp.arange(3000.0) / 100
+    out = jax.vmap(lambda p: filter_logits(many, top_p=p))(jnp.array([0.0, jnp.nan, 2.0, 1.0]))
+    assert np.isnan(out[:3]).all() and (out[3] == many).all()
+
+
 def test_a_traced_share_compiles_once_and_bad_filters_are_named():
     sweep = jax.vmap(lambda p: filter_logits(jnp.zeros(10), top_p=p))(jnp.array([0.05, 0.95]))
     assert np.isfinite(sweep).sum(1).tolist() == [1, 10]

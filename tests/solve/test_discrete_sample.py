@@ -10,6 +10,7 @@ import pytest
 from jax.experimental import checkify
 
 from jaxgen.process.absorbing import absorbing, expected_nfe
+from jaxgen.score.discrete import aoarm_nll
 from jaxgen.solve.discrete import ordered_sample, radd_sample
 
 V, L = 3, 4
@@ -251,10 +252,33 @@ def test_logits_that_are_no_number_leave_the_mask(key):
     assert (jax.jit(run)(jnp.array([9, V, V, V])).x == V + 1).all()
 
 
+def test_a_time_that_is_no_number_leaves_masks(key):
+    run = jax.jit(lambda t_end: radd_sample(key, uniform, EXACT, (2, L), 3, t_end=t_end).x)
+    assert (run(jnp.nan) == V).all() and (run(0.1) < V).all()
+
+
+def test_inside_shard_map(key):
+    mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+
+    def part(key):
+        first = 2 * jax.lax.axis_index("data")
+        x = radd_sample(key, uniform, EXACT, (2, L), 3, first_index=first).x
+        options = {"prompt": x.at[:, 1:].set(V), "first_index": first}
+        y = ordered_sample(key, uniform, EXACT, (2, L), jnp.arange(L), **options).x
+        return x, y, aoarm_nll(uniform, EXACT, y, jnp.arange(L))
+
+    specs = {"in_specs": jax.P(), "out_specs": jax.P("data")}
+    x, y, nll = jax.jit(jax.shard_map(part, mesh=mesh, **specs))(key)
+    whole = radd_sample(key, uniform, EXACT, (4, L), 3).x
+    assert (x == whole).all() and (y[:, 0] == x[:, 0]).all() and (y < V).all()
+    np.testing.assert_allclose(nll, L * np.log(V), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
         ({"steps": 0}, ValueError, "steps is 0"),
+        ({"t_end": 2.0}, ValueError, "t_end is 2"),
         ({"method": "heun"}, ValueError, "method is 'heun'"),
         ({"shape": (2, 3, 4)}, ValueError, "shape is"),
         ({"top_p": 1.5}, ValueError, "top_p is 1.5"),
