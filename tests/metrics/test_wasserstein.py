@@ -86,6 +86,8 @@ def test_vmap_gradient_and_precision():
     slope = jax.jit(jax.grad(lambda s: wasserstein2(X + s, X, method="assignment")))
     np.testing.assert_allclose(slope(0.5), np.sqrt(2), rtol=1e-5)
     np.testing.assert_allclose(slope(0.0), 0.0, atol=1e-6)
+    on_line = jax.jit(jax.grad(lambda s: wasserstein2(X[:, :1] + s, X[:, :1])))
+    np.testing.assert_allclose([on_line(0.5), on_line(0.0)], [1.0, 0.0], rtol=1e-5)
     assert wasserstein2(X.astype(jnp.bfloat16), Y.astype(jnp.bfloat16)).dtype == jnp.float32
     both = jax.vmap(lambda p, q: histograms(p, q, spacing=0.25))(
         *(jnp.stack([b] * 2) for b in bumps())
