@@ -70,9 +70,10 @@ def run(words: Sequence[str]) -> int:
     out = check_out(args.out or args.dir / "restored.png", (".png", ".npz"))
     if args.n < 1 or args.keys < 1 or args.steps < 1 or args.seed < 0:
         raise CommandError("give --n, --keys and --steps of at least 1, and --seed >= 0")
-    if not 0 <= args.noise < float("inf") or not args.blur > 0:
+    if not 0 <= args.noise < float("inf") or not 0 < args.blur < float("inf"):
         raise CommandError(
-            f"--noise is {args.noise:g} and --blur {args.blur:g}; give noise >= 0 and blur > 0"
+            f"--noise is {args.noise:g} and --blur {args.blur:g}; give noise >= 0 and blur > 0, "
+            "both finite"
         )
     if args.method == "repaint" and args.task != "inpaint":
         raise CommandError(f"--method repaint is for --task inpaint, not {args.task}")

@@ -52,6 +52,19 @@ def refused(capsys, *words):
     return line
 
 
+def test_an_images_noise_does_not_change_with_how_many_there_are(key, digits):
+    what = inverse.task("deblur", (8, 8, 1), hide="random", factor=2, blur=1.0, seed=0)
+    truth = digits.experiment.held_out.to_unit(digits.experiment.held_out.x[:3])
+    measured = [
+        inverse.restore_images(
+            key, digits.experiment, {}, truth[:n], what, methods=(), noise=0.3
+        ).measured
+        for n in (1, 3)
+    ]
+    np.testing.assert_allclose(measured[0], measured[1][:1], atol=1e-6)
+    assert abs(measured[1][0] - measured[1][1]).max() > 0.3
+
+
 def test_a_picture_of_several_methods_and_keys(folder, capsys, monkeypatch):
     assert inverse.suiting("deblur") == tuple(METHODS)[:-1]
     assert inverse.suiting("inpaint") == tuple(METHODS)
@@ -117,6 +130,7 @@ def test_an_image_of_ones_own(folder, capsys, task):
         (["--method", "magic"], "magic"),
         (["--noise", "-1"], "--noise is -1"),
         (["--noise", "nan"], "--noise is nan"),
+        (["--task", "deblur", "--blur", "inf"], "--blur inf"),
         (["--keys", "0"], "--keys"),
         (["--out", "x.jpg"], ".png or .npz"),
     ],
@@ -127,6 +141,12 @@ def test_what_cannot_be_done_is_one_line(folder, capsys, words, part):
     words = [str(folder / w) if w in ("large.png", "text.png", "no.png") else w for w in words]
     assert part in refused(capsys, folder, *words)
     assert not (folder / "restored.png").exists()
+
+
+def test_an_image_too_large_to_be_meant(folder, capsys, monkeypatch):
+    Image.new("L", (16, 16)).save(folder / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert "cannot be read as an image" in refused(capsys, folder, folder / "huge.png")
 
 
 def test_runs_without_images_and_folders_without_runs(folder, tmp_path, capsys, monkeypatch):

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from jaxgen.core.keys import normal
 from jaxgen.guide import operators
 from jaxgen.guide.restore import METHODS, Spread, restore_many
 from jaxgen.train.data import DataError, Dataset
@@ -107,7 +108,7 @@ def read_image(path: Path, data: Dataset) -> np.ndarray:
         with Image.open(path) as image:
             found = image.size
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), np.float32)
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as an image: {error}") from None
     if found != (width, height):
         raise DataError(
@@ -181,7 +182,7 @@ def restore_images(
     """Measure images and restore them by a run's network.
 
     Args:
-      key: typed key.
+      key: typed key; image ``i`` and its noise draw from ``fold_in(.., i)``.
       experiment: what was trained.
       params: parameters of the network, usually the averaged ones.
       truth: images ``(n, h, w, c)`` in [-1, 1].
@@ -204,7 +205,7 @@ def restore_images(
     @jax.jit
     def measure(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         clean = jax.vmap(operator)(x)
-        y = clean + noise * jax.random.normal(key_noise, clean.shape)
+        y = clean + noise * normal(key_noise, clean.shape)
         y = jax.vmap(operator.observed)(y)
         return y, y if y.shape == x.shape else jax.vmap(operator.pinv)(y)
 
