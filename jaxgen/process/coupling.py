@@ -20,7 +20,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxgen.core import checks, keys
-from jaxgen.core.arrays import at_least_f32
+from jaxgen.core.arrays import at_least_f32, unsharded
 
 __all__ = ["METHODS", "Coupling", "minibatch_coupling"]
 
@@ -102,7 +102,8 @@ def minibatch_coupling(
       [1, 2, 0]
     """
     checks.one_of("method", method, METHODS)
-    x0, x1 = checks.floating("x0", x0), checks.floating("x1", x1)
+    # All of one are held against all of the other, wherever they lie.
+    x0, x1 = (unsharded(checks.floating(name, x)) for name, x in (("x0", x0), ("x1", x1)))
     if x0.shape != x1.shape or x0.ndim < 1:
         raise ValueError(
             f"x0 has shape {x0.shape} and x1 {x1.shape}; expected (batch, *event) for both"

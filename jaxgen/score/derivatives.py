@@ -112,7 +112,9 @@ def _directions(probe: ArrayLike, x: jax.Array, name: str) -> jax.Array:
             f"{name} has shape {probe.shape}; expected {x.shape} or (n, "
             f"{', '.join(map(str, x.shape))}) for x of shape {x.shape}"
         )
-    return probe.astype(x.dtype)
+    # Never taken, but under shard_map a tangent must vary over the same mesh axes as its state.
+    state = x if probe.ndim == x.ndim else x[None]
+    return jnp.where(False, state, probe.astype(x.dtype))
 
 
 def _over_directions(function: _Map, directions: jax.Array, size: int) -> jax.Array:

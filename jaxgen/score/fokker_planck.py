@@ -37,7 +37,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxgen.core import checks, keys
-from jaxgen.core.arrays import at_least_f32, batch_event, event_size, left_broadcast, sum_event
+from jaxgen.core.arrays import (
+    at_least_f32,
+    batch_event,
+    event_size,
+    left_broadcast,
+    sum_event,
+    unsharded,
+)
 from jaxgen.process.linear import LinearSDE
 from jaxgen.score import derivatives
 from jaxgen.score.matching import ESTIMATORS, denoising_loss
@@ -463,7 +470,7 @@ def collocation_paths(
     times, _ = sample_times(key_time, sde, (n,), time=time, t_min=t_min)
     count = x0.shape[0]
     pick = keys.map_batch(lambda k: jax.random.randint(k, (), 0, count), key_pick, (n,))
-    start = jnp.take(x0, pick, axis=0)
+    start = jnp.take(unsharded(x0), unsharded(pick), axis=0)
     noise = keys.normal(key_noise, start.shape, start.dtype)
     return sde.path(start, noise, times), times
 

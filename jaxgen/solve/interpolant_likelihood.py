@@ -30,7 +30,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxgen.core import checks, keys
-from jaxgen.core.arrays import at_least_f32, batch_event, safe_sqrt, sum_event
+from jaxgen.core.arrays import (
+    at_least_f32,
+    batch_event,
+    safe_sqrt,
+    sum_event,
+    unsharded,
+    varying_zeros,
+)
 from jaxgen.process.interpolant import Interpolant
 from jaxgen.score.derivatives import PROBES, probes, value_and_divergence
 from jaxgen.score.prediction import Field, per_example
@@ -130,7 +137,7 @@ def _by_sde(
             total = total + sum_event(s * noise)
         return (x - h * (b - epsilon * s) + noise, total), None
 
-    start = (x, jnp.zeros(x.shape[:1], x.dtype))
+    start = (x, varying_zeros(x.shape[:1], x.dtype, x))
     return scan_carry(body, start, (times[:-1], times[1:]))
 
 
@@ -261,7 +268,7 @@ def interpolant_log_likelihood(
         b, s = (None if f is None else per_example(f) for f in (b, s))
     fields = marginal(b, s, interp, epsilon, kinds, None, dtype)
     n = batch[0] if batch else 1
-    flat = jnp.repeat(wide if batch else wide[None], paths, axis=0)
+    flat = jnp.repeat(unsharded(wide) if batch else wide[None], paths, axis=0)
 
     def each(key: jax.Array) -> jax.Array:
         """One key for each path of each example, ``(n * paths,)``."""

@@ -10,6 +10,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxgen import process, score, solve
+from jaxgen.process.coupling import minibatch_coupling
+from jaxgen.process.interpolant import interpolant
+from jaxgen.score import fokker_planck
+from jaxgen.solve.interpolant_likelihood import interpolant_log_likelihood
 
 N = 16
 SPEC = PartitionSpec("data")
@@ -138,3 +142,40 @@ def test_batch_norms_are_averaged_over_the_mesh(key):
     specs = {"in_specs": (PartitionSpec(), SPEC), "out_specs": SPEC}
     out = jax.jit(jax.shard_map(part, mesh=mesh(AxisType.Auto), **specs))(key, x)
     np.testing.assert_allclose(out, jax.jit(run)(key, x), atol=2e-5)
+
+
+def _on_meshes(key, x):
+    """Numbers per example of what gathers, repeats or starts a loop from a state."""
+    interp = interpolant("linear")
+
+    def field(x, t):
+        return -x
+
+    likelihood = interpolant_log_likelihood(
+        key, field, field, interp, x, lambda x: x[:, 0], epsilon=0.3, steps=2, paths=2
+    )
+    loss = fokker_planck.regularised_loss(
+        key,
+        lambda x, t: -0.5 * jnp.sum(x**2, axis=1),
+        SDE,
+        x,
+        weight=0.1,
+        laplacian="hutchinson",
+    )
+    return likelihood.log_prob, loss
+
+
+def test_interpolants_and_residuals_on_both_kinds_of_mesh(key):
+    x = jax.random.normal(key, (N, 2))
+    run = jax.jit(_on_meshes)
+    want = *run(key, x), minibatch_coupling(None, x, x + 1).partner
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        own = jax.device_put(x, SPEC)
+        out = *jax.jit(_on_meshes)(key, own), minibatch_coupling(None, own, own + 1).partner
+        for a, b in zip(out, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    # Inside shard_map each part draws for itself: that it is traced and finite is the matter.
+    parts = jax.shard_map(
+        _on_meshes, mesh=mesh(AxisType.Auto), in_specs=(PartitionSpec(), SPEC), out_specs=SPEC
+    )
+    assert all(np.isfinite(v).all() for v in jax.jit(parts)(key, x))
