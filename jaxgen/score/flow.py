@@ -136,8 +136,8 @@ def flow_matching_loss(
 
     Args:
       key: typed key; example ``i`` of a batch uses ``fold_in(key, i)``.
-      field: the velocity in flow time, ``u(x, t) -> like x`` with ``t`` of shape ``(batch,)``,
-        noise at 0; ``u(x, t, label)`` where a label is given.
+      field: the velocity in flow time, ``u(x, t) -> like x`` with ``x`` in the dtype of the pairs
+        and ``t`` of shape ``(batch,)``, noise at 0; ``u(x, t, label)`` where a label is given.
       x0: noise ``(batch, *event)``, real floating.
       x1: data, like ``x0``; independent of it, or its partner.
       t_min: first time, in (0, 1).
@@ -175,11 +175,12 @@ def flow_matching_loss(
     if not callable(weight):
         checks.one_of("weight", weight, ("uniform",))
     batch, _ = batch_event(x0, event_ndim)
-    wide = jnp.promote_types(jnp.result_type(x0, x1), jnp.float32)
+    dtype = jnp.promote_types(x0.dtype, x1.dtype)
+    wide = jnp.promote_types(dtype, jnp.float32)
     x0, x1 = x0.astype(wide), x1.astype(wide)
     t = _times(keys.check(key), batch, t_min, t_schedule, wide)
     x_t, _, velocity = interpolant("one_sided_linear").draw(key, x0, x1, t, event_ndim=event_ndim)
-    out = checks.cast_field_output(_called(field, label, "field")(x_t, t), x0)
+    out = checks.cast_field_output(_called(field, label, "field")(x_t.astype(dtype), t), x0)
     loss = _distance(distance, x0 + out, x0 + velocity, event_ndim)
     if not callable(weight):
         return loss
@@ -297,7 +298,7 @@ def flow_guided_loss(
       t_min: time of the first evaluation, in (0, 1).
       distance: as for ``flow_matching_loss``.
       label: handed to both fields as it is.
-      dtype: of the noise.
+      dtype: of the noise, and of the states that the fields are called with.
       event_ndim: ``len(shape)`` for one example.
 
     Returns:
@@ -324,12 +325,12 @@ def flow_guided_loss(
 
     start = jnp.full(batch, t_min, z.dtype)
     t = keys.map_batch(uniform, key_time, batch)
-    one_step = checks.cast_field_output(of_student(z, start), z, "student")
+    one_step = checks.cast_field_output(of_student(z.astype(dtype), start), z, "student")
     first_half = one_step
     if first == "teacher":
-        first_half = checks.cast_field_output(of_teacher(z, start), z, "teacher")
+        first_half = checks.cast_field_output(of_teacher(z.astype(dtype), start), z, "teacher")
     share = left_broadcast(t, z)
     middle = z + share * first_half
-    second_half = checks.cast_field_output(of_teacher(middle, t), z, "teacher")
+    second_half = checks.cast_field_output(of_teacher(middle.astype(dtype), t), z, "teacher")
     end = jax.lax.stop_gradient(middle + (1 - share) * second_half)
     return _distance(distance, z + one_step, end, event_ndim)

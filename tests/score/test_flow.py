@@ -182,6 +182,15 @@ def test_a_batch_is_its_examples(key):
     )(jax.random.split(key, 2))
     assert guided.shape == (2,) and guided[0] != guided[1]
     low = flow_matching_loss(key, PLAIN, *(v.astype(jnp.bfloat16) for v in (x0, x1)))
+    seen = []
+
+    def spy(x, t):
+        seen.append(x.dtype)
+        return x
+
+    flow_matching_loss(key, spy, *(v.astype(jnp.bfloat16) for v in (x0, x1)))
+    flow_guided_loss(key, spy, spy, (2, 2), dtype=jnp.bfloat16)
+    assert len(seen) == 3 and set(seen) == {jnp.dtype(jnp.bfloat16)}
     assert low.dtype == jnp.float32
 
 
