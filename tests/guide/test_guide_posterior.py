@@ -198,6 +198,22 @@ def test_with_noise_each_has_the_law_of_its_recursion(key):
     np.testing.assert_array_equal(out.residual, 0)
 
 
+def test_repaint_goes_back_to_a_level_by_the_process(key):
+    times, hidden = np.array([0.4, 0.2]), operators.mask(np.array([1, 0]))
+    # A field that sees no noise forgets nothing, so that what is added on the way back stays.
+    out = repaint(
+        key, lambda x, t: jnp.zeros_like(x), SDE, jnp.zeros((N, 2)), hidden, steps=2, repeats=2,
+        grid=jnp.asarray(times), x_init=jnp.zeros((N, 2)),
+    )  # fmt: skip
+    var = 0.0
+    for a, s, a1, s1 in levels(times):
+        for u in range(2):
+            if u:
+                var = (a / a1) ** 2 * var + s**2 - (a / a1 * s1) ** 2
+            var = (a1 / a) ** 2 * var + s1**2 * (1 - (a * s1 / (a1 * s)) ** 2)
+    assert abs(float(out.x[:, 1].var()) - var) < 4 * var * np.sqrt(2 / N)
+
+
 @pytest.mark.parametrize("sigma_y", [SIGMA_Y, 1e-3])
 def test_tweedie_and_projection_are_exact_where_the_data_are_isotropic(sigma_y):
     """Both have the posterior as their law there, as steps grow; PiGDM as published has not."""
