@@ -147,7 +147,7 @@ def test_the_level_posterior_is_the_closed_forms():
 def test_ten_evaluations_are_worth_more_from_the_chain(seed):
     (far, wide), (near, narrow), chain = compare(10, seed)
     assert near < 0.5 * far
-    # Without sampling error: the variances of the card's run were 0.106 and 0.028.
+    # Without sampling error: the variances of an earlier run were 0.106 and 0.028.
     assert abs(wide - 0.105) < 0.003 and abs(narrow - 0.028) < 0.002
     assert 0.15 < chain.mode_changes.mean() < 0.35
 

@@ -17,7 +17,7 @@ network, keys and steps on both sides. W2 by sorting:
 Two samples of the data of the full size are 0.045 apart. The short form trains an eighth of the
 steps on an eighth of the points; there one seed in four (2) has little gap to close, and misses the
 half. What is improved is the flow; at larger
-weights the SDE gets worse (the paper's table, and the card's run at weight 1).
+weights the SDE gets worse (the paper's table, and an earlier run at weight 1).
 """
 
 import functools

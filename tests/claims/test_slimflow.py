@@ -4,7 +4,7 @@ The claims: distillation to one step is better when it is guided by the flow's o
 of fresh noise, and reflow from random initialisation is better when its pairing is annealed. The
 teacher is the exact velocity of ten modes; a network of two hidden layers learns from n of its
 pairs, 4000 steps a stage. Mean squared errors on 5000 fresh noises against the teacher's map, three
-seeds (the published card's figures, of other seeds, in brackets):
+seeds (earlier figures, of other seeds, in brackets):
 
     d = 8, n = 500, width 32
       one step: naive distillation      0.762, 0.776, 0.798   (0.726, 0.756, 0.720)

@@ -112,7 +112,7 @@ def divergences():
 
 
 def test_with_a_wrong_velocity_noise_brings_the_law_closer(divergences):
-    """The card's figures, falling in epsilon, each below the bound 0.5^2 / (4 epsilon)."""
+    """Figures computed apart, falling in epsilon, each below the bound 0.5^2 / (4 epsilon)."""
     found = divergences["velocity"]
     np.testing.assert_allclose(found, [0.24023, 0.19286, 0.08570, 0.03613, 0.00139], atol=1e-5)
     assert (np.diff(found) < 0).all()
@@ -120,7 +120,7 @@ def test_with_a_wrong_velocity_noise_brings_the_law_closer(divergences):
 
 
 def test_with_a_wrong_score_noise_hurts(divergences):
-    """The card's figures, below 0.5^2 epsilon / 4."""
+    """Figures computed apart, below 0.5^2 epsilon / 4."""
     found = divergences["score"]
     np.testing.assert_allclose(found, [0.0, 0.00193, 0.02143, 0.03613, 0.03484], atol=1e-5)
     assert (found[1:] < EPSILONS[1:] / 16).all()

@@ -28,7 +28,7 @@ FIRST = operators.linear(np.array([[1.0, 0.0]]))
 
 
 def curvature(power):
-    """K of the card's check 1: the prior's Hessian over the weight."""
+    """K of the known optimum: the prior's Hessian over the weight."""
     a, s = np.sqrt(ABAR), np.sqrt(1 - ABAR)
     h = np.asarray(SNR_POWERS[power](jnp.asarray(s / a, jnp.float32)), np.float64)
     inverse = np.linalg.inv(ABAR[:, None, None] * COV + (1 - ABAR)[:, None, None] * np.eye(2))

@@ -57,7 +57,7 @@ def test_closed_form_obeys_the_transport_equation():
             assert np.isfinite(ends).all(), name
 
 
-def test_closed_form_of_the_card():
+def test_closed_form_against_known_figures():
     """Two mixtures on a line: log rho_1 at three places."""
     with jax.enable_x64(True):
         law = closed_form.two_mixtures(
@@ -213,14 +213,14 @@ def test_antithetic_variance_stays_bounded(key):
         )
         return values(True), values(False), 0.5 * (plus - minus)
 
-    for t, card in ((1e-2, 2.03), (1e-4, 2.0)):
+    for t, known in ((1e-2, 2.03), (1e-4, 2.0)):
         antithetic, plain, noise_part = estimates(key, t)
         variance = (1 - t) ** 2 + 0.25 * t**2 + t * (1 - t)
         for values in (antithetic, plain):
             # Half of E|s|^2 = 1/C, less 1/C.
             assert abs(values.mean() + 0.5 / variance) < 4 * values.std() / n**0.5
         assert abs(noise_part.mean() + 1 / variance) < 4 * noise_part.std() / n**0.5
-        np.testing.assert_allclose(noise_part.var(), card, rtol=0.05)
+        np.testing.assert_allclose(noise_part.var(), known, rtol=0.05)
         np.testing.assert_allclose(plain.var(), 1 / (t * (1 - t)), rtol=0.1)
 
 
@@ -331,7 +331,7 @@ def _ascend(key, case):
     ],
 )
 def test_the_bridge_between_gaussians(case, energies, ascends):
-    """Minus half of the kinetic energy; the ascent in a reaches the card's best."""
+    """Minus half of the kinetic energy; the ascent in a reaches the known best."""
     best = 2 * np.sqrt(case[1] ** 2 * case[2] ** 2 + case[0] ** 2)
     case = tuple(jnp.float32(c) for c in case)
     for a, energy in energies.items():
@@ -417,7 +417,7 @@ _WAYS = [
 
 
 def test_conversions_agree_with_the_closed_form(key):
-    """Every way on the card and some more, under ``jit``; and one for each example alone."""
+    """Every documented way and some more, under ``jit``; and one for each example alone."""
     laws = {name: make(name) for name in ("linear", "mirror", "one_sided_trig", "score_based")}
     ways = {
         name: [

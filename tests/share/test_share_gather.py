@@ -207,7 +207,7 @@ def test_hashed_slots_in_several_blocks(monkeypatch):
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-4)
 
 
-# --- the card's checks ------------------------------------------------------------------------
+# --- known answers ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

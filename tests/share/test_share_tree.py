@@ -31,7 +31,7 @@ def dense(layout):
     return np.asarray(jax.jit(jax.vmap(lambda e: theta(e, layout)))(eye), np.float64).T
 
 
-# --- the card's quadratic ---------------------------------------------------------------------
+# --- a quadratic ---------------------------------------------------------------------
 
 N, M, STEPS = 4096, 512, 400
 STD = {"a": 0.02, "b": 0.2}

@@ -144,7 +144,7 @@ def within(values, true, slack):
     assert (error <= bound).all(), (values.mean(0), true, bound)
 
 
-# --- the card's cases -----------------------------------------------------------------------------
+# --- cases with known answers ---------------------------------------------------------------------
 
 # What 60 steps leave as bias: of log Z, means, variances, masses.
 SLACK = {

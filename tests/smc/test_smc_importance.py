@@ -403,7 +403,7 @@ def test_pick_freeze_freezes_one_input_and_serves_numpy():
 
 def sobol_std_err(out):
     value, std_err = importance.delta_method(sobol.sobol_from_expectations, out.mean, out.cov)
-    # Plain pick-freeze has .028, .025 and .024; the card's run .0027, .0036 and .0036.
+    # Plain pick-freeze has .028, .025 and .024; an earlier run .0027, .0036 and .0036.
     assert np.all(std_err < 0.3 * np.array([0.028, 0.025, 0.024]))
     return value, std_err
 

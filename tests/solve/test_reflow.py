@@ -70,7 +70,7 @@ def test_the_map_of_the_ring(key):
 
 
 def test_annealed_flows_share_their_end(key):
-    # Card check: x1 = m + s x0 in one dimension, pairing kept by c; the ODE ends there whatever c.
+    # Known: x1 = m + s x0 in one dimension, pairing kept by c; the ODE ends there whatever c.
     m, s = 0.7, 0.5
 
     def flow(c, x, t):

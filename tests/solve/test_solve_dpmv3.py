@@ -278,7 +278,7 @@ def test_one_step_is_exact_for_gaussian_data():
         scale = np.sqrt((a1**2 * VAR + s1**2) / (a0**2 * VAR + s0**2))
         want = a1 * MEAN + scale * (np.asarray(x) - a0 * MEAN)
         for out in run(data, x):
-            # The card's table of 1200 nodes reaches 2.4e-5, a DDIM step 5.3.
+            # A table of 1200 nodes reaches 2.4e-5, a DDIM step 5.3.
             np.testing.assert_allclose(out, want, atol=2e-6)
 
 

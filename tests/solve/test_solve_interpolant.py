@@ -74,7 +74,7 @@ def test_endpoint_laws_of_every_noise_level():
 
 
 @pytest.mark.slow
-def test_endpoint_laws_at_the_size_of_the_card():
+def test_endpoint_laws_at_full_size():
     """20,000 samples, 400 steps: below 0.0125 for epsilon 0, 0.5 and 2, both ways."""
     x0, x1 = LAW.ends(jax.random.key(5), (20000, 1))
     for direction, x, mix in (("forward", x0, END), ("backward", x1, START)):
@@ -91,7 +91,7 @@ def test_endpoint_laws_at_the_size_of_the_card():
             assert distance < 0.0125, (direction, epsilon, distance)
 
 
-def test_flow_likelihood_of_the_card():
+def test_flow_likelihood_of_known_figures():
     """log rho_1 at three places to 1e-6 in float64, and where the flow came from."""
     with jax.enable_x64(True):
         law = make(dtype=jnp.float64)
@@ -129,7 +129,7 @@ def _by_sde(key, x, epsilon):
 
 
 def test_sde_likelihood_and_its_control_variate(key):
-    """The card's setting with fewer paths: epsilon 0.2; standard deviations 0.035, 0.19, 0.028 of
+    """The full size with fewer paths: epsilon 0.2; standard deviations 0.035, 0.19, 0.028 of
     a path at 800 steps, so twice that at 200 and four times at 50."""
     x = jnp.array([[-1.3], [0.4], [2.2]])
     plain, coarse, fine, truth = _by_sde(key, x, 0.2)
@@ -145,7 +145,7 @@ def test_sde_likelihood_and_its_control_variate(key):
 
 
 @pytest.mark.slow
-def test_sde_likelihood_at_the_size_of_the_card(key):
+def test_sde_likelihood_at_full_size(key):
     """800 steps, 4000 paths: within 4 s.e. without the Ito term; the spreads with it."""
     x = jnp.array([[-1.3], [0.4], [2.2]])
 
