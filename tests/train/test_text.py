@@ -136,6 +136,25 @@ def test_the_text_of_the_standard_library():
     assert not np.isin(made.held_out.x, [len(made.vocabulary) - 1]).any()
 
 
+def test_ngrams_by_their_definition():
+    rng = np.random.default_rng(4)
+    both = np.cumsum(rng.integers(0, 3, 400)) % 4
+    learned, hidden = both[:300], both[300:]
+
+    def p(context, c):
+        """Of ``c`` after the longest context, by counts of the training text."""
+        lower = p(context[1:], c) if context else 1 / 4
+        n = len(context)
+        after = [learned[i + n] for i in range(300 - n) if tuple(learned[i : i + n]) == context]
+        kinds = len(set(after))
+        return (after.count(c) + kinds * lower) / (len(after) + kinds) if after else lower
+
+    for order, bits in enumerate(ngram_bits(learned, hidden, 4, 3), 1):
+        # The first of the hidden ones see the end of what was learned.
+        told = [p(tuple(both[i - order + 1 : i]), both[i]) for i in range(300, 400)]
+        np.testing.assert_allclose(bits, -np.log2(told).mean(), rtol=1e-12)
+
+
 def test_ngrams_of_a_text_that_is_known():
     # A cycle: with one symbol of context the next is certain, but for what is kept for others.
     learned, hidden = np.arange(3000) % 3, np.arange(300) % 3
