@@ -361,7 +361,12 @@ def two_samplers(
     }
     slices = jax.jit(lambda x, y: metrics.sliced_wasserstein(key_slices, x, y, directions=256))
     found = {
-        "w2": {k: rounded(wasserstein2(*v, method="assignment")) for k, v in pairs.items()},
+        "w2": {
+            name: rounded(
+                gap.w2 if name == "ode_to_sde" else wasserstein2(*clouds, method="assignment")
+            )
+            for name, clouds in pairs.items()
+        },
         "sliced_wasserstein": {k: rounded(slices(*v)) for k, v in pairs.items()},
         "residual_rms": rounded(np.sqrt(squares)),
         "weight": experiment.config.fokker_planck,
