@@ -7,9 +7,10 @@ from pathlib import Path
 
 import tyro
 
+from jaxgen.cli.errors import CommandError
 from jaxgen.cli.flags import parse
 from jaxgen.cli.report import figures_text
-from jaxgen.cli.runs import check_solver
+from jaxgen.cli.runs import check_solver, is_distilled
 from jaxgen.train.recipes.config import ScoreConfig, default_out, read_yaml
 
 __all__ = ["run"]
@@ -91,6 +92,11 @@ def run(words: Sequence[str]) -> int:
         print(f"{out} has finished at step {figures['step']}; a higher --steps extends it")
         print(figures_text(figures))
         return 0
+    if is_distilled(out):
+        raise CommandError(
+            f"{out} holds a one-step generator, which jaxgen distill made and goes on with; train "
+            "the run that it was made from, or choose another folder by --out"
+        )
 
     def say(line: str) -> None:
         if not args.quiet:

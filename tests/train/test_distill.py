@@ -12,6 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxgen import train
 from jaxgen.cli import distill as command
 from jaxgen.cli import evaluate, sample
+from jaxgen.cli import train as training
 from jaxgen.cli.errors import guarded
 from jaxgen.solve.state import start
 from jaxgen.train.recipes import distill
@@ -108,6 +109,14 @@ def test_samples_are_the_students_in_one_evaluation(one_step_moons, tmp_path, ca
     made = jax.jit(distill.student_sampler(run.experiment))(run.params, z)
     x = run.experiment.train.from_unit(np.asarray(made))
     np.testing.assert_allclose(np.load(out)["x"], x[:3], atol=1e-4)
+
+
+def test_training_leaves_a_distilled_folder_alone(one_step_moons, capsys):
+    config = (one_step_moons / "config.yaml").read_text()
+    assert call(training, "--out", one_step_moons, "--steps", 99999) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "one-step generator" in line
+    assert (one_step_moons / "config.yaml").read_text() == config
 
 
 def test_the_same_command_goes_on(moons, one_step_moons, capsys, monkeypatch):
