@@ -129,7 +129,13 @@ def test_the_very_last_step_of_the_sde_is_without_noise_and_the_others_are_not()
         assert abs(np.var(x) - exact) < 4 * exact * np.sqrt(2 / 4000)
     # One step only: no noise at all but the start's, of which each sampler has its own.
     one = ode_sde_gap(
-        key, lambda x, t: 0 * x, SDE, (50, 2), prediction="score", grid=np.array([T, 4.0]), refine=None
+        key,
+        lambda x, t: 0 * x,
+        SDE,
+        (50, 2),
+        prediction="score",
+        grid=np.array([T, 4.0]),
+        refine=None,
     )
     first = SDE.prior_sample(jax.random.key(0), (50, 2))
     assert not np.allclose(one.ode, one.sde) and one.ode.shape == first.shape
