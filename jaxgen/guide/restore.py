@@ -84,9 +84,10 @@ class Spread:
         """Of each measurement the restoration of least residual, like ``mean``.
 
         For operators under which several images look alike (phase retrieval), where a mean of them
-        is none.
+        is none. One that is no number is not chosen beside one that is.
         """
-        index = jnp.argmin(self.residual, axis=0)[None]
+        residual = jnp.where(jnp.isnan(self.residual), jnp.inf, self.residual)
+        index = jnp.argmin(residual, axis=0)[None]
         index = index.reshape(index.shape + (1,) * (self.x.ndim - index.ndim))
         return jnp.take_along_axis(self.x, index, axis=0, mode="clip")[0]
 

@@ -110,8 +110,9 @@ class Interpolant:
     Raises:
       TypeError: a function is not callable.
       ValueError: neither or both of ``path_fn`` and ``alpha_fn, beta_fn``; gamma^2 not zero at
-        both ends, or alpha or beta other than (1, 0) and (0, 1) there, to 1e-6 (where the
-        parameters are known); a one-sided interpolant with a gamma or a ``path_fn``.
+        both ends, or, of a two-sided interpolant, alpha or beta other than (1, 0) and (0, 1)
+        there, to 1e-6 (where the parameters are known); a one-sided interpolant with a gamma or a
+        ``path_fn``.
 
     Example:
       >>> import jax, jax.numpy as jnp

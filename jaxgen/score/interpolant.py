@@ -158,7 +158,8 @@ def interpolant_loss(
         |f - y|^2/2. They differ by what no field changes.
       antithetic: for ``"b"`` and ``"score"`` of an interpolant with noise, average the losses at
         ``+z`` and ``-z``: two field calls, and a variance that stays bounded as t nears an end.
-        The other targets need it not and make one call.
+        The other targets need it not and make one call (``"v"`` of a one-sided interpolant is
+        ``"b"``).
       t_min: first time drawn, uniformly up to
       t_max: the last.
       event_ndim: ``x1.ndim`` if ``x1`` is one example; the field is then called with ``t`` of

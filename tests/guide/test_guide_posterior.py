@@ -4,6 +4,7 @@ There x0h is affine in the state, with a known slope, so that all but DPS move t
 affine map and noise: NumPy follows the state itself, and its mean and covariance.
 """
 
+import dataclasses
 import functools
 import inspect
 
@@ -362,6 +363,10 @@ def test_several_keys_tell_the_spread(key):
     np.testing.assert_allclose(many.mean, np.mean(many.x, axis=0), atol=1e-5)
     least = np.asarray(many.residual)[:, 0].argmin()
     np.testing.assert_array_equal(many.best(), many.x[least])
+    failed = dataclasses.replace(many, residual=many.residual.at[least].set(jnp.nan))
+    second_best = np.delete(np.asarray(many.residual)[:, 0], least).min()
+    chosen = np.asarray(many.residual)[:, 0] == second_best
+    np.testing.assert_array_equal(failed.best(), many.x[chosen.argmax()])
     # What is seen is agreed on, but for its noise of 1e-3.
     assert float(many.std[0, 0]) < 2e-3 < 0.05 < float(many.std[0, 1:].min())
     assert int(many.nfe) == 120 and many.method == "projection"

@@ -296,6 +296,7 @@ def test_texts_that_cannot_be_used(tmp_path, capsys):
         ("--width 33", "width is 33"),
         ("--length 1", "length is 1"),
         ("--process-args beta_max=3", "process_args do not suit absorbing"),
+        ("--process-args eps=0.1 sigma_max=3", "leave one out"),
         ("--process-args eps", "expected name=number"),
         ("--held-out 0", "held_out is 0.0"),
         ("--process vp", "give --process absorbing"),

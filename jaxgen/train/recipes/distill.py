@@ -66,7 +66,7 @@ _PAIRS, _MEASURE = 0xD157, 0xD158
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
-    """What a run is distilled with. Fields left at None are those of the run."""
+    """What a run is distilled with."""
 
     steps: int = 1
     """Evaluations of the network that a sample of the new generator takes; 1 is what there is."""
@@ -92,9 +92,9 @@ class DistillConfig:
     naive: bool = True
     """Distil without guidance too, to compare."""
     batch_size: int | None = None
-    """Examples in a step."""
+    """Examples in a step; by default the run's."""
     learning_rate: float | None = None
-    """Adam's, after the warm-up."""
+    """Adam's, after the warm-up; by default the run's."""
     n: int | None = None
     """Samples to judge; by default the run's number."""
     seed: int = 0

@@ -173,6 +173,11 @@ def _process(vocabulary: int, arguments: tuple[str, ...]) -> Absorbing:
         except ValueError:
             raise ConfigError(f"process_args holds {argument!r}; expected name=number") from None
     schedule = "geometric" if numbers.keys() & {"sigma_min", "sigma_max"} else "log_linear"
+    if schedule == "geometric" and "eps" in numbers:
+        raise ConfigError(
+            "process_args holds eps= of the log-linear schedule beside sigma_min= or sigma_max= of "
+            "the geometric one; leave one out"
+        )
     try:
         return absorbing(vocabulary, schedule, **numbers)
     except (TypeError, ValueError) as error:
