@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import Result, compare, device, versions
+from benchmarks.measure import Result, compare
 from jaxgen.nets.radd import RADDTransformer
 from jaxgen.process.absorbing import absorbing, expected_nfe
 from jaxgen.solve.discrete import DiscreteSample, radd_sample
@@ -55,13 +55,6 @@ def evaluations(case: str, ours: DiscreteSample, steps: int, length: int) -> Res
         peer_name="a call at every step",
         unit="evaluations of a sequence",
         ratio=steps / float(nfe.mean()),
-        interval=None,
-        goal=None,
-        pairs=1,
-        first_call_ours=None,
-        first_call_peer=None,
-        device=device(),
-        versions=versions(),
         note=(
             f"expected {expected:.1f}, standard error {error:.2g} over {len(nfe)} sequences; "
             f"{int(ours.calls)} calls of the network with the whole batch"

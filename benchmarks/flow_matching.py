@@ -6,8 +6,6 @@ exact minibatch coupling; samples by 100 Euler steps. torchcfm runs in an enviro
 alternation. Beside it the loop that one would write by hand in JAX.
 """
 
-import os
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import particles_peer
+from benchmarks import peer as peers
 from benchmarks.measure import PAIRS, Missing, Result, compare, first_call, summarise
 from jaxgen import train
 from jaxgen.process.coupling import minibatch_coupling
@@ -28,7 +26,6 @@ from jaxgen.process.interpolant import interpolant
 from jaxgen.score.interpolant import interpolant_loss
 from jaxgen.solve.interpolant import interpolant_sample
 
-WORKER = Path(__file__).parent / "golden" / "torchcfm_worker.py"
 VARIABLE = "JAXGEN_TORCHCFM"
 GOAL, BARE_GOAL = 1.0, 0.97
 STEPS, SAMPLE_STEPS = 20, 100
@@ -46,15 +43,6 @@ class Network(nn.Module):
         for _ in range(3):
             h = nn.selu(nn.Dense(self.width)(h))
         return nn.Dense(x.shape[1])(h)
-
-
-class Peer(particles_peer.Peer):
-    """A running worker; ``ask`` returns its answer to one command."""
-
-    def __init__(self, python: str):
-        self._process = subprocess.Popen(
-            [python, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
 
 
 def _copy(tree: Any) -> Any:
@@ -148,7 +136,7 @@ def _points(key: jax.Array, n: int) -> jax.Array:
 
 
 def _against(
-    peer: Peer, case: str, ours: Callable, goal: float | None, repeats: int, **command: Any
+    peer: peers.Peer, case: str, ours: Callable, goal: float | None, repeats: int, **command: Any
 ) -> Result:
     """Alternate with the worker, ``repeats`` steps a call on both sides."""
     ours(), peer.ask(**command)
@@ -170,8 +158,7 @@ def _cases(quick: bool) -> Iterator[tuple[int, int]]:
 
 def run(*, quick: bool) -> Iterator[Result | Missing]:
     """Each width and batch: against the loop by hand, and against the peer where it is."""
-    python = os.environ.get(VARIABLE)
-    peer = Peer(python) if python else None
+    peer = peers.find(VARIABLE, "torchcfm_worker.py")
     for width, n in _cases(quick):
         key0, key1, key_init = jax.random.split(jax.random.key(0), 3)
         x0, x1 = jax.random.normal(key0, (n, 2)), _points(key1, n)

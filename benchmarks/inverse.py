@@ -24,8 +24,8 @@ import numpy as np
 import optax
 from sklearn.datasets import load_digits
 
-from benchmarks import deepinv_peer
-from benchmarks.measure import Missing, Result, compare, device, summarise, versions
+from benchmarks import peer as peers
+from benchmarks.measure import Missing, Result, compare, summarise
 from jaxgen import nets, process
 from jaxgen.guide import operators
 from jaxgen.guide.restore import METHODS, restore
@@ -114,13 +114,6 @@ def result(case: str, ours: float, peer: float, peer_name: str, unit: str, note:
         peer_name=peer_name,
         unit=unit,
         ratio=ours / peer if unit == "dB" else peer / ours,
-        interval=None,
-        goal=None,
-        pairs=1,
-        first_call_ours=None,
-        first_call_peer=None,
-        device=device(),
-        versions=versions(),
         note=note,
     )
 
@@ -202,11 +195,12 @@ def against_deepinv(evaluations: int, n: int, pairs: int) -> Iterator[Result | M
     """DPS and DiffPIR of both sides on the masked digits: quality, then time."""
     modes, truth = digits()
     truth = truth[:n]
-    peer = deepinv_peer.find(modes, VAR)
+    peer = peers.find("JAXGEN_DEEPINV", "deepinv_worker.py")
     if peer is None:
         for method in PEER_TUNINGS:
             yield Missing("inverse", f"deepinv_{method}", "deepinv")
         return
+    peer.send(modes=modes.tolist(), var=VAR)
     seen = np.broadcast_to(np.asarray(TASKS["mask"]().known, np.float32), truth.shape)
     command = {
         "y": (seen * truth).tolist(),
@@ -238,6 +232,7 @@ def against_deepinv(evaluations: int, n: int, pairs: int) -> Iterator[Result | M
             unit="ms an image",
             note=note,
         )
+    peer.close()
     peer.close()
 
 

@@ -29,13 +29,13 @@ class Result:
     peer_name: str
     unit: str
     ratio: float
-    interval: tuple[float, float] | None
-    goal: float | None
-    pairs: int
-    first_call_ours: float | None
-    first_call_peer: float | None
-    device: str
-    versions: dict[str, str]
+    interval: tuple[float, float] | None = None
+    goal: float | None = None
+    pairs: int = 1
+    first_call_ours: float | None = None
+    first_call_peer: float | None = None
+    device: str = dataclasses.field(default_factory=lambda: device())
+    versions: dict[str, str] = dataclasses.field(default_factory=lambda: versions())
     note: str = ""
 
     def to_json(self) -> str:
@@ -160,8 +160,6 @@ def summarise(
         pairs=len(ours),
         first_call_ours=None if first_calls is None else first_calls[0],
         first_call_peer=None if first_calls is None else first_calls[1],
-        device=device(),
-        versions=versions(),
         note=note,
     )
 

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import Result, compare, device, versions
+from benchmarks.measure import Result, compare
 from jaxgen import train
 from jaxgen.core import keys
 from jaxgen.train import data as datasets
@@ -93,13 +93,6 @@ def results(
             peer_name=peer_name,
             unit=kind,
             ratio=found["model_to_data"] / mine["model_to_data"],
-            interval=None,
-            goal=None,
-            pairs=1,
-            first_call_ours=None,
-            first_call_peer=None,
-            device=device(),
-            versions=versions(),
             note=f"{len(z)} samples; data to data {mine['data_to_data']:.3g}; "
             f"{student.experiment.parameters():,} parameters for "
             f"{teacher.experiment.parameters():,}",

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.measure import Result, device, versions
+from benchmarks.measure import Result
 from jaxgen.solve.mean_reverting import mr_posterior_sample, mr_sample
 from jaxgen.train.recipes import pictures
 from jaxgen.train.recipes.restoration import RestorationConfig, Restorer, psnr, train_restorer
@@ -54,13 +54,6 @@ def results(made: Restorer, images: dict[str, np.ndarray]) -> Iterator[Result]:
             peer_name=f"posterior sampling in {CHAIN} evaluations",
             unit="dB",
             ratio=mine / chain[1],
-            interval=None,
-            goal=None,
-            pairs=1,
-            first_call_ours=None,
-            first_call_peer=None,
-            device=device(),
-            versions=versions(),
             note=f"measured {before:.1f} dB, {len(made.truth)} digits, {made.config.steps} steps",
         )
 

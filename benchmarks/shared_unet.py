@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.measure import Result, device, versions
+from benchmarks.measure import Result
 from jaxgen import nets
 from jaxgen.train import data as datasets
 from jaxgen.train.recipes import evaluate, pictures
@@ -130,12 +130,6 @@ def results(budget: float, ours: Judged, peer: Judged) -> Iterator[Result]:
             unit=unit,
             ratio=ratio,
             interval=None if width is None else (ratio - width, ratio + width),
-            goal=None,
-            pairs=1,
-            first_call_ours=None,
-            first_call_peer=None,
-            device=device(),
-            versions=versions(),
             note=note,
         )
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import particles_peer
-from benchmarks.measure import Missing, Result, device, first_call, summarise, versions
+from benchmarks.measure import Missing, Result, first_call, summarise
 from benchmarks.particles_peer import SIGMA, TAU, A
 from jaxgen import smc
 
@@ -78,13 +78,7 @@ def _equal_work(runs: int) -> Iterator[Result]:
         peer_name="PaRIS with 90 particles",
         unit="root mean square error",
         ratio=_rms(paris) / _rms(gibbs),
-        interval=None,
-        goal=None,
         pairs=runs,
-        first_call_ours=None,
-        first_call_peer=None,
-        device=device(),
-        versions=versions(),
         note=f"bias {bias[0]:+.3f} ({error[0]:.3f}) against {bias[1]:+.3f} ({error[1]:.3f})",
     )
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measure import Result, compare, device, versions
+from benchmarks.measure import Result, compare
 from jaxgen import metrics, process, score, solve
 
 DIM, SAMPLES, DRAWS = 16, 512, 4096
@@ -157,13 +157,6 @@ def _judged(case: str, ours: float, peer: float, peer_name: str, unit: str, note
         peer_name=peer_name,
         unit=unit,
         ratio=peer / ours,
-        interval=None,
-        goal=None,
-        pairs=1,
-        first_call_ours=None,
-        first_call_peer=None,
-        device=device(),
-        versions=versions(),
         note=note,
     )
 

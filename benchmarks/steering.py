@@ -30,7 +30,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.measure import Result, device, versions
+from benchmarks.measure import Result
 from jaxgen import train
 from jaxgen.train import data as datasets
 from jaxgen.train.recipes.classifier import train_judge
@@ -78,13 +78,6 @@ def results(rows: list[dict[str, Any]], step: int) -> Iterator[Result]:
                 peer_name="the same SDE without weights",
                 unit="share" if figure == "accuracy" else "squared distance",
                 ratio=(ours[figure] / peer[figure]) ** better,
-                interval=None,
-                goal=None,
-                pairs=1,
-                first_call_ours=None,
-                first_call_peer=None,
-                device=device(),
-                versions=versions(),
                 note=note,
             )
 
