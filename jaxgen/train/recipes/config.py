@@ -88,6 +88,8 @@ class ScoreConfig:
     """Parts that a batch is worked through in, to save memory."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the network's arithmetic; the parameters stay float32."""
+    remat: bool = False
+    """Work the network's blocks out again in the backward pass: less memory, more time."""
 
     prediction: Prediction = "edm"
     """What the network predicts; edm is EDM's preconditioned denoiser, for any process."""
@@ -141,7 +143,7 @@ class ScoreConfig:
     """Its steps."""
 
 
-ADDED = ("share", "share_scheme", "fokker_planck", "discrete_loss", "length")
+ADDED = ("share", "share_scheme", "fokker_planck", "discrete_loss", "length", "remat")
 """Fields that older checkpoints do not know: left out of new ones too where they are not set."""
 
 MAY_CHANGE = (
