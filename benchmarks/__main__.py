@@ -1,8 +1,9 @@
-"""List the benchmarks, or run one: ``python -m benchmarks [NAME|all] [--quick] [--json FILE]``."""
+"""List benchmarks, or run some: ``python -m benchmarks [NAME ...|all] [--quick] [--json FILE]``."""
 
 import argparse
 import importlib
 import sys
+import time
 
 from benchmarks.measure import Result
 
@@ -26,25 +27,33 @@ NAMES = {
     "one_step": "a distilled generator of one evaluation against its teacher at 2 to 50",
     "inverse": "restored digits: quality, time and memory of every method, with deepinv",
     "discrete": "text by the cached sampler against one call of the network a step",
+    "scaling": "memory and traffic of one chip, on 1 to 256, split by data or by parameters",
+    "startup": "import, first step and first sample, cold and from the compilation cache",
+    "input": "examples a second of the input pipeline against what a step takes",
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("name", nargs="?", choices=[*NAMES, "all"], help="which to run")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which to run, or all")
     parser.add_argument("--quick", action="store_true", help="fewer cases; still 15 pairs")
     parser.add_argument("--json", metavar="FILE", help="also write one JSON object a line")
     args = parser.parse_args()
-    if args.name is None:
+    unknown = sorted(set(args.names) - {*NAMES, "all"})
+    if unknown:
+        parser.error(f"no benchmark {unknown[0]!r}; they are {', '.join(NAMES)}")
+    if not args.names:
         for name, about in NAMES.items():
             print(f"{name:17s} {about}")
         return 0
     lines = []
-    for name in NAMES if args.name == "all" else [args.name]:
+    for name in NAMES if "all" in args.names else args.names:
+        start = time.monotonic()
         for result in importlib.import_module(f"benchmarks.{name}").run(quick=args.quick):
             print(result.to_line(), flush=True)
             if isinstance(result, Result):
                 lines.append(result.to_json())
+        print(f"{name}: {time.monotonic() - start:.0f} s in all", flush=True)
     if args.json:
         with open(args.json, "w") as file:
             file.write("".join(line + "\n" for line in lines))
