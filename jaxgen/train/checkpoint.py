@@ -5,6 +5,10 @@ orbax copies the arrays to the host (the caller waits for this alone), writes th
 folder; then every file is hashed and the manifest put in place by rename; then the steps beyond
 ``keep`` go, each one's manifest first. ``restore`` checks the manifest and every hash before orbax
 reads anything, and casts nothing. No pickle anywhere.
+
+Several processes save and restore together, in a folder that all of them see: each writes its own
+parts of the arrays, process 0 the rest. What is saved knows nothing of where it lay: it comes back
+on any number of devices and processes.
 """
 
 import os
@@ -19,8 +23,8 @@ import jax.numpy as jnp
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from jaxgen.core.checks import positive_int
+from jaxgen.train import distributed, manifest
 from jaxgen.train import layouts as shared_layouts
-from jaxgen.train import manifest
 from jaxgen.train.manifest import (
     CheckpointError,
     CheckpointExists,
@@ -63,15 +67,16 @@ class Saver:
         self._layouts = shared_layouts.as_tuple(layout)
         self._keep = None if keep is None else positive_int("keep", keep)
         self._thread: threading.Thread | None = None
+        self._failed = self.directory
         self._error: BaseException | None = None
-        self.directory.mkdir(parents=True, exist_ok=True)
+        distributed.first(lambda: self.directory.mkdir(parents=True, exist_ok=True))
         self._orbax = ocp.StandardCheckpointer()
 
     def save(self, state: Any) -> Path:
         """Start to save ``state`` under its ``step``; returns its folder before it is finished.
 
         Waits for the save before, and until the arrays are copied to the host: the state may then
-        be donated.
+        be donated. Every process must call it.
 
         Raises:
           CheckpointExists: that step is saved already.
@@ -82,12 +87,10 @@ class Saver:
         step = int(state.step)
         folder = step_folder(self.directory, step)
         leaves = manifest.named_leaves(state)
-        if jax.process_index() == 0:
-            _clear_unfinished(folder)
         # Orbax knows neither typed keys nor arrays without entries.
         arrays = {name: _key_data(leaf) for name, leaf in leaves.items() if leaf.size}
         try:
-            folder.mkdir(exist_ok=True)
+            distributed.first(lambda: _make_room(folder))
             self._orbax.save(folder / manifest.STATE, arrays)
         except Exception as error:
             _fail(error, folder)
@@ -119,15 +122,21 @@ class Saver:
     def wait(self) -> None:
         """Wait for the save under way, and raise what went wrong in it.
 
+        With several processes all of them wait for one another: then the step is safely on disk.
+
         Raises:
           OSError: the disk is full or cannot be written.
+          DistributedError: another process could not save.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
         error, self._error = self._error, None
-        if error is not None:
-            _fail(error, self._failed)
+        try:
+            distributed.join_errors(error)
+        except Exception as raised:
+            _fail(raised, self._failed)
 
     def close(self) -> None:
         """Wait as ``wait`` does and release orbax's threads."""
@@ -139,7 +148,12 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if kind is not None and jax.process_count() > 1:
+            # The others may never come to wait here.
+            if self._thread is not None:
+                self._thread.join()
+            self._thread = None
         self.close()
 
 
@@ -181,7 +195,7 @@ def restore(
     step: int | None = None,
     layout: Any = None,
 ) -> Any:
-    """Read a saved step back, bit for bit, onto any devices.
+    """Read a saved step back, bit for bit, onto any devices; every process must call it.
 
     Args:
       directory: the checkpoints' folder.
@@ -212,7 +226,11 @@ def restore(
     shared_layouts.check(body, shared_layouts.as_tuple(layout), folder)
     manifest.compare_leaves(body["leaves"], manifest.describe(leaves), folder)
     with manifest.offering(directory):
-        manifest.verify_files(folder, body)
+        distributed.everywhere(
+            lambda: manifest.verify_files(
+                folder, body, part=jax.process_index(), parts=jax.process_count()
+            )
+        )
 
     treedef = jax.tree.structure(like)
     if sharding is None or isinstance(sharding, Sharding):
@@ -256,6 +274,11 @@ def _as_saved(array: Any, leaf: Any, sharding: Sharding | None, generator: str |
     return array if generator is None else jax.random.wrap_key_data(array, impl=generator)
 
 
+def _make_room(folder: Path) -> None:
+    _clear_unfinished(folder)
+    folder.mkdir(exist_ok=True)
+
+
 def _is_ours(entry: Path) -> bool:
     return entry.name.startswith((manifest.STATE, manifest.NAME + "."))
 
@@ -293,7 +316,7 @@ def _fail(error: BaseException, folder: Path) -> None:
     """Remove the half-written step and raise; a failed write becomes an ``OSError`` with path."""
     if isinstance(error, CheckpointError):
         raise error
-    if not (folder / manifest.NAME).exists():
+    if jax.process_index() == 0 and not (folder / manifest.NAME).exists():
         shutil.rmtree(folder, ignore_errors=True)
     if isinstance(error, OSError):
         raise OSError(

@@ -4,18 +4,20 @@ The device is never waited for within a step: the figures of one report are read
 step runs, and the host stays only a few steps ahead so that batches do not pile up. A run's folder
 holds ``metrics.jsonl`` and ``checkpoints/``; a run that was killed at any moment and is started
 again with the same arguments ends in the same bits.
+
+Several processes may run it together (``jaxgen.train.distributed``): all take the same steps, save
+and stop after the same one, and process 0 writes the figures.
 """
 
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -24,11 +26,13 @@ from jax.sharding import Mesh
 
 from jaxgen.core import progress as progress_meter
 from jaxgen.core.checks import positive_int
+from jaxgen.train import distributed
 from jaxgen.train import mesh as meshes
 from jaxgen.train.checkpoint import Saver, restore
 from jaxgen.train.manifest import CheckpointExists, CheckpointMismatch, plain, read_manifest
 from jaxgen.train.manifest import saved_steps as finished_steps
 from jaxgen.train.report import Report
+from jaxgen.train.signals import Signals
 from jaxgen.train.state import TrainState
 from jaxgen.train.step import Metrics
 
@@ -85,6 +89,7 @@ def fit(
     config: Any = None,
     progress: bool | None = None,
     mesh: Mesh | None = None,
+    rules: meshes.Rules | Sequence[str] = meshes.RULES,
     report_every: int = 50,
     save_every: int = 1000,
     save_seconds: float | None = None,
@@ -105,12 +110,15 @@ def fit(
       step: from ``make_train_step``.
       batches: ``batches(examples) -> iterable`` of batches from that global position on; called
         once, so that going on reads no example twice. A plain iterable of batches is read as it
-        comes, and cannot serve a run that goes on. A batch is a pytree of arrays.
+        comes, and cannot serve a run that goes on. A batch is a pytree of arrays, with several
+        processes each one's own part of the global batch.
       steps: number of steps in all, those of earlier runs included.
       out: the run's folder, made if need be; ``None`` writes nothing.
       config: plain values (or a dataclass of them) kept in every checkpoint's manifest.
       progress: ``False`` shows nothing; else a bar on a terminal and plain lines elsewhere.
-      mesh: where to run, from ``data_mesh``; default: one device.
+      mesh: where to run, from ``make_mesh`` or ``data_mesh``; default: one device. It may be
+        another than the run had before. Several processes need one over all their devices.
+      rules: where the parts of the state lie on it, from ``parse_rules``.
       report_every: steps between two lines of ``metrics.jsonl``.
       save_every: steps between two checkpoints; the last step is always saved.
       save_seconds: save also when this much time has passed since the last save.
@@ -131,12 +139,15 @@ def fit(
       Diverged: ``max_skipped`` steps in a row were skipped; the last good state is saved.
       CheckpointError: the run's checkpoint cannot be used; its subclass and message say why.
       OSError: the disk is full or the folder cannot be written.
-      ValueError: an argument out of range, or ``batches`` ended early.
+      DistributedError: another process of the run could not go on.
+      ValueError: an argument out of range, a rule that does not fit, or ``batches`` ended early.
     """
     for name, value in (("report_every", report_every), ("save_every", save_every)):
         positive_int(name, value)
     positive_int("steps", steps, least=0)
     positive_int("max_skipped", max_skipped)
+    start = time.monotonic()
+    _check_mesh(mesh)
 
     with contextlib.ExitStack() as stack:
         saver = None
@@ -144,7 +155,7 @@ def fit(
             out = Path(out)
             folder = out / "checkpoints"
             state, resumed = _resume(
-                state, folder, mesh, resume, plain(config), config_may_change, layout
+                state, folder, mesh, rules, resume, plain(config), config_may_change, layout
             )
             if resumed and not callable(batches):
                 raise ValueError(
@@ -153,7 +164,7 @@ def fit(
                 )
             saver = stack.enter_context(Saver(folder, config=config, keep=keep, layout=layout))
         if mesh is not None:
-            state = meshes.replicate(state, mesh)
+            state = meshes.place(state, mesh, rules)
         done = int(state.step)
         if done >= steps:
             return state
@@ -161,7 +172,7 @@ def fit(
         meter = stack.enter_context(
             progress_meter.meter(steps, initial=done, description="training", enabled=progress)
         )
-        signals = stack.enter_context(_Signals())
+        signals = stack.enter_context(Signals(grace=1.0 if jax.process_count() > 1 else 0.0))
         runner = _Runner(
             state=state,
             step=step,
@@ -175,16 +186,16 @@ def fit(
             save_every=save_every,
             save_seconds=float("inf") if save_seconds is None else save_seconds,
             max_skipped=max_skipped,
+            start=start,
         )
-        state = runner.run(batches, signals)
+        state, stopped = runner.run(batches, signals)
         if saver is not None:
             saver.wait()
-        if signals.received and int(state.step) < steps:
+        if stopped and int(state.step) < steps:
+            name = signal.Signals(stopped).name
             where = f"; saved in {out}: start it again in the same way to go on" if out else ""
             raise Interrupted(
-                f"stopped by {signals.received} at step {int(state.step)} of {steps}{where}",
-                state,
-                signals.received,
+                f"stopped by {name} at step {int(state.step)} of {steps}{where}", state, name
             )
     return state
 
@@ -193,6 +204,7 @@ def _resume(
     state: TrainState,
     folder: Path,
     mesh: Mesh | None,
+    rules: meshes.Rules | Sequence[str],
     resume: bool,
     config: Any,
     may_change: Collection[str],
@@ -200,13 +212,15 @@ def _resume(
 ) -> tuple[TrainState, bool]:
     """The newest saved state if it is ahead of ``state``, and whether it is."""
     saved = finished_steps(folder)
-    if not saved or saved[-1] <= int(state.step):
+    # A folder on several hosts may show each another moment: process 0 says what is there.
+    newest = distributed.choose(saved[-1] if saved else -1)
+    if newest <= int(state.step):
         return state, False
     if not resume:
         raise CheckpointExists(
-            f"{folder} holds a run at step {saved[-1]}; choose another folder, or resume it"
+            f"{folder} holds a run at step {newest}; choose another folder, or resume it"
         )
-    before = read_manifest(folder)["config"]
+    before = read_manifest(folder, newest)["config"]
     if isinstance(config, dict) and isinstance(before, dict):
         names = sorted(set(config) | set(before))
         differ = [n for n in names if n not in may_change and config.get(n) != before.get(n)]
@@ -217,8 +231,17 @@ def _resume(
             raise CheckpointMismatch(
                 f"{folder} holds a run with another config; choose another folder, or use:\n{lines}"
             )
-    sharding = None if mesh is None else meshes.replicated(mesh)
-    return restore(folder, state, sharding=sharding, layout=layout), True
+    sharding = None if mesh is None else meshes.state_shardings(state, mesh, rules)
+    return restore(folder, state, sharding=sharding, step=newest, layout=layout), True
+
+
+def _check_mesh(mesh: Mesh | None) -> None:
+    if jax.process_count() > 1 and (mesh is None or mesh.size != jax.device_count()):
+        have = "none" if mesh is None else f"one of {mesh.size}"
+        raise ValueError(
+            f"mesh is {have}; {jax.process_count()} processes need one over all of their "
+            f"{jax.device_count()} devices (make_mesh)"
+        )
 
 
 @dataclasses.dataclass
@@ -237,28 +260,39 @@ class _Runner:
     save_every: int
     save_seconds: float
     max_skipped: int
+    start: float
     saved: int = -1
 
-    def run(self, batches: Batches, signals: "_Signals") -> TrainState:
-        """Take steps up to ``steps`` or to a signal, and save the last one."""
+    def run(self, batches: Batches, signals: Signals) -> tuple[TrainState, int]:
+        """Take steps up to ``steps`` or to a signal, save the last one; the state, the signal."""
         look_every = max(1, min(self.report_every, self.max_skipped // 2))
         position = int(self.state.examples)
         source = iter(batches(position) if callable(batches) else batches)
         ahead: deque[Metrics] = deque()
         self.saved, last_save, first, most_ahead = self.done, time.monotonic(), True, _AHEAD
-        while self.done < self.steps and not signals.received:
+        # All processes stop at one signal to one of them, and save by one clock.
+        agreement = distributed.Agreement()
+        stopped = signals.number if jax.process_count() == 1 else 0
+        guard = contextlib.nullcontext
+        while self.done < self.steps and not stopped:
             batch = next(source, None)
             if batch is None:
                 self.finish()
                 raise ValueError(f"batches ended after step {self.done}, before step {self.steps}")
             if first:
                 _check_position(position, batch, self.steps - self.done)
-            self.state, metrics = self.step(self.state, self.put(batch))
+            batch = self.put(batch)
+            with guard():
+                self.state, metrics = self.step(self.state, batch)
             self.done += 1
             if first:
                 # Compiling is over; it is no part of the rate.
-                self.report.restart_clock()
+                metrics.loss.block_until_ready()
+                self.report.restart_clock(first_step=time.monotonic() - self.start)
                 first, most_ahead = False, _steps_ahead(metrics)
+                if hasattr(self.step, "lower"):
+                    # A compiled step has all that it needs where it needs it.
+                    guard = functools.partial(jax.transfer_guard, "disallow")
             # The report of an earlier step is read here, while this one runs.
             shown = self.report.pending()
             self.report.add(metrics, batch)
@@ -272,17 +306,21 @@ class _Runner:
                 oldest.loss.block_until_ready()
                 if self.done % look_every == 0:
                     self.check_skipped(oldest)
-            now = time.monotonic()
-            if self.done % self.save_every == 0 or now - last_save > self.save_seconds:
-                last_save = now
+            is_time = time.monotonic() - last_save > self.save_seconds
+            stopped, is_time = agreement.look(self.done, stop=signals.number, save=is_time)
+            if self.done % self.save_every == 0 or is_time:
+                last_save = time.monotonic()
                 self.save()
         if ahead:
             self.check_skipped(ahead[-1])
         self.finish()
-        return self.state
+        return self.state, stopped
 
     def put(self, batch: Any) -> Any:
-        return batch if self.mesh is None else meshes.shard_batch(batch, self.mesh)
+        """The batch on the device or over the mesh."""
+        if self.mesh is None:
+            return jax.device_put(batch)
+        return meshes.shard_batch(batch, self.mesh)
 
     def save(self) -> None:
         # The figures up to a checkpoint are on disk before it is.
@@ -311,39 +349,10 @@ class _Runner:
 
 
 def _check_position(position: int, batch: Any, steps: int) -> None:
+    # This process' part of it.
     n = np.shape(jax.tree.leaves(batch)[0])[0] * jax.process_count()
     if position + n * steps > np.iinfo(np.uint32).max:
         raise ValueError(
             f"{steps} steps of {n} examples from position {position} pass 2^32 - 1, the largest "
             "data position"
         )
-
-
-class _Signals:
-    """Notes SIGINT and SIGTERM while it is entered; a second one acts as it would have before."""
-
-    def __init__(self) -> None:
-        self.received = ""
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        if self.received:
-            self._restore()
-            signal.raise_signal(number)
-        self.received = signal.Signals(number).name
-
-    def _restore(self) -> None:
-        while self._before:
-            number, handler = self._before.popitem()
-            # None stands for a handler that was not installed from Python.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def __exit__(self, *exc: object) -> None:
-        self._restore()

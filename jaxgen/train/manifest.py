@@ -241,14 +241,14 @@ def _read(directory: str | os.PathLike[str], step: int | None) -> dict[str, Any]
     return body
 
 
-def verify_files(folder: Path, body: Mapping[str, Any]) -> None:
-    """Check every file of a step against its manifest.
+def verify_files(folder: Path, body: Mapping[str, Any], *, part: int = 0, parts: int = 1) -> None:
+    """Check the files of a step against its manifest: all of them, or one of ``parts`` shares.
 
     Raises:
       CheckpointTruncated: a file is missing or shorter than written.
       CheckpointDamaged: a file has other bytes than were written.
     """
-    for name, entry in body["files"].items():
+    for name, entry in list(body["files"].items())[part::parts]:
         path = folder / name
         if not path.is_file():
             raise CheckpointTruncated(f"{path} is missing")

@@ -48,6 +48,7 @@ class Report:
         self._window: list[Metrics] = []
         self._marked: tuple[int, list[Metrics], int] | None = None
         self._examples = 0
+        self._first_step: float | None = None
         before = 0.0
         if self._path is not None and self._path.exists():
             kept = read_lines(self._path, step)
@@ -56,14 +57,15 @@ class Report:
         self._last = time.monotonic()
         self._start = self._last - before
 
-    def restart_clock(self) -> None:
-        """Measure the rate from now on."""
+    def restart_clock(self, first_step: float) -> None:
+        """Measure the rate from now on; the next line tells what the first step took, in s."""
         self._last = time.monotonic()
+        self._first_step = first_step
 
     def add(self, metrics: Metrics, batch: Any) -> None:
-        """Take in one step."""
+        """Take in one step and the whole batch that it was on."""
         self._window.append(metrics)
-        self._examples += np.shape(jax.tree.leaves(batch)[0])[0] * jax.process_count()
+        self._examples += np.shape(jax.tree.leaves(batch)[0])[0]
 
     def mark(self, step: int) -> None:
         """End the window at ``step``; its figures are read by the next ``pending``."""
@@ -91,6 +93,9 @@ class Report:
             "skipped": skipped,
             "wall_seconds": round(now - self._start, 3),
         }
+        if self._first_step is not None:
+            line["first_step_seconds"] = round(self._first_step, 3)
+            self._first_step = None
         if self._path is not None:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
