@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 import sys
 import time
 
@@ -38,6 +39,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="which to run, or all")
     parser.add_argument("--quick", action="store_true", help="fewer cases; still 15 pairs")
     parser.add_argument("--json", metavar="FILE", help="also write one JSON object a line")
+    parser.add_argument(
+        "--part", default="1/1", metavar="I/N", help="every N-th of them, from the I-th on"
+    )
     args = parser.parse_args()
     unknown = sorted(set(args.names) - {*NAMES, "all"})
     if unknown:
@@ -46,8 +50,12 @@ def main() -> int:
         for name, about in NAMES.items():
             print(f"{name:17s} {about}")
         return 0
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.part)
+    if found is None or int(found[1]) > int(found[2]):
+        parser.error(f"--part is {args.part!r}; expected such as 1/2")
+    names = list(NAMES) if "all" in args.names else args.names
     lines = []
-    for name in NAMES if "all" in args.names else args.names:
+    for name in names[int(found[1]) - 1 :: int(found[2])]:
         start = time.monotonic()
         for result in importlib.import_module(f"benchmarks.{name}").run(quick=args.quick):
             print(result.to_line(), flush=True)
