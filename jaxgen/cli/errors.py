@@ -54,6 +54,8 @@ def _code(error: Exception) -> int | None:
         "jaxgen.train.recipes.config": {"ConfigError": 2},
         "jaxgen.train.data": {"DataError": 2},
         "jaxgen.train.manifest": {"CheckpointError": 2},
+        "jaxgen.train.lock": {"FolderBusy": 2},
+        "jaxgen.train.distributed": {"DistributedError": 2},
         "jaxgen.train.loop": {"Diverged": 1},
     }
     for module, names in known.items():

@@ -147,7 +147,7 @@ def _detected(
     )[:3]
     missing = [
         flag
-        for flag, value in zip(("--coordinator", "--processes", "--process"), found, strict=True)
+        for flag, value in zip(("--coordinator", "--processes", "--process-id"), found, strict=True)
         if value is None
     ]
     if missing:

@@ -3,21 +3,27 @@
 The folder holds ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, and at the end
 ``metrics.json``, ``samples.png`` and ``curves.png``; a run on text has ``text.json``, its
 characters, and ``samples.txt`` too. Everything is checked before anything is written.
+
+Several processes may train one run together, in a folder that all of them see: process 0 writes
+everything but its checkpoints, which all write, and measures the run alone when it is trained.
 """
 
 import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from jaxgen import train
 from jaxgen.share import Layout
 from jaxgen.train import data as datasets
+from jaxgen.train import distributed, lock
+from jaxgen.train import mesh as meshes
 from jaxgen.train.manifest import replace_text
 from jaxgen.train.recipes import pictures
 from jaxgen.train.recipes.config import (
@@ -100,7 +106,7 @@ def prepare(config: ScoreConfig, *, reschedule: bool = False) -> Experiment:
     out = Path(resolved.out)
     before = stored_config(out)
     if before is None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or not lock.is_empty(out)):
             raise ConfigError(f"{out} exists and holds no run; choose another folder by --out")
         return experiment
     differ = [
@@ -236,43 +242,105 @@ def _shared(experiment: Experiment) -> dict[str, Any]:
 
 
 def train_run(
-    experiment: Experiment, *, progress: bool | None = None, say: Say = lambda line: None
-) -> dict[str, Any]:
+    experiment: Experiment,
+    *,
+    progress: bool | None = None,
+    say: Say = lambda line: None,
+    mesh: Mesh | None = None,
+    rules: meshes.Rules | Sequence[str] = meshes.RULES,
+    on_report: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any] | None:
     """Train to the configured steps, from where the folder's run stands, and measure.
 
+    Args:
+      experiment: from ``prepare``.
+      progress: ``False`` shows nothing.
+      say: called with each line that tells what is being done.
+      mesh: from ``make_mesh``; default: every device that divides the batch, in one row.
+      rules: where the parts of the state lie on it.
+      on_report: called with each line of ``metrics.jsonl``.
+
+    Returns:
+      The figures. With several processes those part when the run is trained: process 0 measures
+      it, and the others get ``None``.
+
     Raises:
-      Interrupted, Diverged, CheckpointError, OSError: see ``train.fit``.
+      Interrupted, Diverged, CheckpointError, OSError, ValueError: see ``train.fit``.
+      FolderBusy: another run is at work in the folder.
+      DistributedError: the processes have different configurations, or one could not go on.
     """
     config, out = experiment.config, Path(experiment.config.out)
-    devices = jax.devices()
-    mesh = train.data_mesh(batch=config.batch_size) if len(devices) > 1 else None
-    _make_folder(experiment)
-    say(_opening(experiment))
-    state = train.fit(
-        experiment.state(),
-        experiment.make_step(),
-        datasets.batches(
-            experiment.train,
-            config.batch_size,
-            seed=config.seed,
-            process=jax.process_index(),
-            processes=jax.process_count(),
-        ),
-        config.steps,
-        out=out,
-        config=_kept_config(experiment),
-        progress=progress,
-        mesh=mesh,
-        report_every=config.report_every,
-        save_every=config.save_every,
-        save_seconds=config.save_seconds,
-        keep=config.keep,
-        config_may_change=MAY_CHANGE,
-        layout=_layouts(experiment),
-    )
-    params = jax.device_put(state.ema, devices[0])
-    figures, _ = measure(Run(experiment, params, int(state.step)), say=say)
+    distributed.agree({**dataclasses.asdict(config), "mesh": _words(mesh), "rules": str(rules)})
+    mesh = default_mesh(config.batch_size) if mesh is None else mesh
+    with contextlib.ExitStack() as stack:
+        distributed.first(lambda: stack.enter_context(lock.hold(out)))
+        distributed.first(lambda: _make_folder(experiment))
+        distributed.everywhere(lambda: _check_seen(out))
+        say(_opening(experiment))
+        state = train.fit(
+            experiment.state(),
+            experiment.make_step(),
+            datasets.batches(
+                experiment.train,
+                config.batch_size,
+                seed=config.seed,
+                process=jax.process_index(),
+                processes=jax.process_count(),
+            ),
+            config.steps,
+            out=out,
+            config=_kept_config(experiment),
+            progress=progress if jax.process_index() == 0 else False,
+            mesh=mesh,
+            rules=rules,
+            report_every=config.report_every,
+            save_every=config.save_every,
+            save_seconds=config.save_seconds,
+            keep=config.keep,
+            config_may_change=MAY_CHANGE,
+            layout=_layouts(experiment),
+            on_report=on_report,
+        )
+        params, step = meshes.gather(state.ema), int(state.step)
+        distributed.part()
+        if jax.process_index():
+            return None
+        figures, _ = measure(Run(experiment, params, step), say=say)
     return figures
+
+
+def default_mesh(batch_size: int) -> Mesh | None:
+    """As many devices as divide the batch, in one row; ``None`` where there is but one.
+
+    Raises:
+      ConfigError: there are several processes, and not all of their devices can be used.
+    """
+    if jax.device_count() == 1:
+        return None
+    if jax.process_count() > 1 and batch_size % jax.device_count():
+        raise ConfigError(
+            f"batch_size is {batch_size}, which the {jax.device_count()} devices of "
+            f"{jax.process_count()} processes do not divide; choose a multiple of "
+            f"{jax.device_count()}"
+        )
+    return train.data_mesh(batch=batch_size)
+
+
+def _words(mesh: Mesh | None) -> str:
+    return "" if mesh is None else ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+
+
+def _check_seen(out: Path) -> None:
+    """Refuse a folder that is another one on this host."""
+    end = time.monotonic() + 15
+    # What one host has written a network's file system may show another a little later.
+    while not (out / "config.yaml").exists():
+        if time.monotonic() > end:
+            raise ConfigError(
+                f"process {jax.process_index()} does not see the {out} that process 0 has made; "
+                "choose a folder that all hosts share, by --out"
+            )
+        time.sleep(0.2)
 
 
 def measure(run: Run, *, say: Say = lambda line: None) -> tuple[dict[str, Any], Any]:
@@ -301,6 +369,9 @@ def measure(run: Run, *, say: Say = lambda line: None) -> tuple[dict[str, Any], 
     pictures.draw_curves(out / "curves.png", lines)
     seconds = {
         "training": lines[-1]["wall_seconds"] if lines else None,
+        "first_step": next(
+            (n["first_step_seconds"] for n in reversed(lines) if "first_step_seconds" in n), None
+        ),
         "evaluation": round(time.monotonic() - start, 2),
         **figures.pop("seconds"),
     }
