@@ -26,6 +26,8 @@ class MLP(nn.Module):
         time_scale: angular frequency, in radians per unit of ``t``, of the fastest of the time
             features (see `TimeEmbedding`): 1000 suits ``t`` in [0, 1], 100 a log-SNR.
         dtype: dtype of the computation, None for that of ``x``; parameters are float32.
+        remat: keep of each block its input only, and work the rest out again in the backward pass:
+            less memory for a third more arithmetic. Parameters and results are the same.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -42,6 +44,7 @@ class MLP(nn.Module):
     dropout: float = 0.0
     time_scale: float = 1000.0
     dtype: Dtype | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -72,10 +75,14 @@ class MLP(nn.Module):
         condition = ConditionEmbedding(self.width, self.num_classes, self.time_scale)(t, label)
         condition = condition.astype(dtype)
         h = nn.Dense(self.width, dtype=dtype)(x)
+
+        def block(net: MLP, h: jax.Array, condition: jax.Array) -> jax.Array:
+            r = nn.Dense(net.width, dtype=dtype)(nn.swish(h))
+            r = nn.swish(film(r, nn.Dense(2 * net.width, dtype=dtype)(condition)))
+            r = nn.Dropout(net.dropout, deterministic=not train)(r)
+            return h + nn.Dense(net.width, dtype=dtype)(r)
+
         for _ in range(self.depth):
-            r = nn.Dense(self.width, dtype=dtype)(nn.swish(h))
-            r = nn.swish(film(r, nn.Dense(2 * self.width, dtype=dtype)(condition)))
-            r = nn.Dropout(self.dropout, deterministic=not train)(r)
-            h = h + nn.Dense(self.width, dtype=dtype)(r)
+            h = (nn.remat(block) if self.remat else block)(self, h, condition)
         out = nn.Dense(x.shape[-1], dtype=dtype, kernel_init=nn.initializers.zeros)(nn.swish(h))
         return out.astype(x.dtype)

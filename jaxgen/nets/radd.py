@@ -89,6 +89,7 @@ class _Body(nn.Module):
     heads: int
     dropout: float
     dtype: Dtype | None
+    remat: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, condition: jax.Array | None, train: bool) -> jax.Array:
@@ -100,8 +101,9 @@ class _Body(nn.Module):
         # A negative id would count from the end; sent past the end it is filled with NaN.
         index = jnp.where(x < 0, self.vocabulary + 1, x.astype(jnp.int32))
         h = table.astype(dtype).at[index].get(mode="fill", fill_value=jnp.nan)
+        make = nn.remat(_Block, static_argnums=(3,)) if self.remat else _Block
         for i in range(self.depth):
-            block = _Block(self.heads, self.dropout, self.dtype, name=f"block_{i}")
+            block = make(self.heads, self.dropout, self.dtype, name=f"block_{i}")
             h = block(h, condition, train)
         h = nn.LayerNorm(dtype=self.dtype, name="norm")(h)
         # In float32: a softmax over many tokens in bfloat16 loses mass.
@@ -122,6 +124,7 @@ class RADDTransformer(nn.Module):
         heads: attention heads.
         dropout: rate after attention and MLP, under ``train=True`` only.
         dtype: dtype of the computation, None for float32; parameters and logits are float32.
+        remat: keep of each block its input only, and work the rest out again in the backward pass.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -138,6 +141,7 @@ class RADDTransformer(nn.Module):
     heads: int = 4
     dropout: float = 0.0
     dtype: Dtype | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -161,6 +165,7 @@ class RADDTransformer(nn.Module):
             self.heads,
             self.dropout,
             self.dtype,
+            self.remat,
             name="body",
         )
         return body(x, None, train)
@@ -180,6 +185,7 @@ class TimedTransformer(nn.Module):
         condition: features of the share that the blocks are given, at least 4.
         dropout: rate.
         dtype: dtype of the computation.
+        remat: see ``RADDTransformer``.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -197,6 +203,7 @@ class TimedTransformer(nn.Module):
     condition: int = 32
     dropout: float = 0.0
     dtype: Dtype | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, lam: jax.Array, train: bool = False) -> jax.Array:
@@ -225,6 +232,7 @@ class TimedTransformer(nn.Module):
             self.heads,
             self.dropout,
             self.dtype,
+            self.remat,
             name="body",
         )
         return body(x, nn.swish(TimeEmbedding(self.condition)(lam)), train)

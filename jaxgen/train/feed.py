@@ -74,8 +74,8 @@ class Feed(Iterator[Any]):
         """Read until ``ahead`` batches are placed; call it when a step has just been started.
 
         Args:
-          running: an array that the step returned. If it is still being computed when the batches are there,
-            the device has not waited, and the time does not count.
+          running: an array that the step returned. If it is still being computed when the batches
+            are there, the device has not waited, and the time does not count.
         """
         start = time.perf_counter()
         while len(self._ready) < self._ahead and self._end is None:
