@@ -29,6 +29,7 @@ from jaxgen.core.checks import positive_int
 from jaxgen.train import distributed
 from jaxgen.train import mesh as meshes
 from jaxgen.train.checkpoint import Saver, restore
+from jaxgen.train.feed import Feed
 from jaxgen.train.manifest import CheckpointExists, CheckpointMismatch, plain, read_manifest
 from jaxgen.train.manifest import saved_steps as finished_steps
 from jaxgen.train.report import Report
@@ -265,37 +266,44 @@ class _Runner:
 
     def run(self, batches: Batches, signals: Signals) -> tuple[TrainState, int]:
         """Take steps up to ``steps`` or to a signal, save the last one; the state, the signal."""
-        look_every = max(1, min(self.report_every, self.max_skipped // 2))
         position = int(self.state.examples)
-        source = iter(batches(position) if callable(batches) else batches)
+        source = batches(position) if callable(batches) else batches
+        left = self.steps - self.done
+        with Feed(source, self.put, limit=left, owns_source=callable(batches)) as feed:
+            return self.take_steps(feed, position, signals)
+
+    def take_steps(self, feed: Feed, position: int, signals: Signals) -> tuple[TrainState, int]:
+        look_every = max(1, min(self.report_every, self.max_skipped // 2))
         ahead: deque[Metrics] = deque()
         self.saved, last_save, first, most_ahead = self.done, time.monotonic(), True, _AHEAD
         # All processes stop at one signal to one of them, and save by one clock.
         agreement = distributed.Agreement()
         stopped = signals.number if jax.process_count() == 1 else 0
-        guard = contextlib.nullcontext
+        guard: Callable[[], Any] = contextlib.nullcontext
         while self.done < self.steps and not stopped:
-            batch = next(source, None)
+            batch = next(feed, None)
             if batch is None:
                 self.finish()
                 raise ValueError(f"batches ended after step {self.done}, before step {self.steps}")
             if first:
                 _check_position(position, batch, self.steps - self.done)
-            batch = self.put(batch)
             with guard():
                 self.state, metrics = self.step(self.state, batch)
             self.done += 1
+            # The next batches are read and placed while this step runs.
+            feed.fill(metrics.loss)
             if first:
                 # Compiling is over; it is no part of the rate.
                 metrics.loss.block_until_ready()
                 self.report.restart_clock(first_step=time.monotonic() - self.start)
+                feed.take_waited()
                 first, most_ahead = False, _steps_ahead(metrics)
                 if hasattr(self.step, "lower"):
                     # A compiled step has all that it needs where it needs it.
                     guard = functools.partial(jax.transfer_guard, "disallow")
             # The report of an earlier step is read here, while this one runs.
             shown = self.report.pending()
-            self.report.add(metrics, batch)
+            self.report.add(metrics, batch, feed.take_waited())
             if self.done % self.report_every == 0:
                 self.report.mark(self.done)
             if self.done < self.steps:
@@ -349,8 +357,7 @@ class _Runner:
 
 
 def _check_position(position: int, batch: Any, steps: int) -> None:
-    # This process' part of it.
-    n = np.shape(jax.tree.leaves(batch)[0])[0] * jax.process_count()
+    n = np.shape(jax.tree.leaves(batch)[0])[0]
     if position + n * steps > np.iinfo(np.uint32).max:
         raise ValueError(
             f"{steps} steps of {n} examples from position {position} pass 2^32 - 1, the largest "

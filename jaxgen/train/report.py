@@ -46,8 +46,8 @@ class Report:
         self._on_report = on_report
         self._path = path if jax.process_index() == 0 else None
         self._window: list[Metrics] = []
-        self._marked: tuple[int, list[Metrics], int] | None = None
-        self._examples = 0
+        self._marked: tuple[int, list[Metrics], int, float] | None = None
+        self._examples, self._waited = 0, 0.0
         self._first_step: float | None = None
         before = 0.0
         if self._path is not None and self._path.exists():
@@ -62,22 +62,23 @@ class Report:
         self._last = time.monotonic()
         self._first_step = first_step
 
-    def add(self, metrics: Metrics, batch: Any) -> None:
-        """Take in one step and the whole batch that it was on."""
+    def add(self, metrics: Metrics, batch: Any, waited: float) -> None:
+        """Take in one step, the whole batch that it was on and the seconds waited for batches."""
         self._window.append(metrics)
         self._examples += np.shape(jax.tree.leaves(batch)[0])[0]
+        self._waited += waited
 
     def mark(self, step: int) -> None:
         """End the window at ``step``; its figures are read by the next ``pending``."""
         if self._window:
-            self._marked = (step, self._window, self._examples)
-            self._window, self._examples = [], 0
+            self._marked = (step, self._window, self._examples, self._waited)
+            self._window, self._examples, self._waited = [], 0, 0.0
 
     def pending(self) -> dict[str, Any] | None:
         """Write the marked window's line, waiting for its last step; what a meter may show."""
         if self._marked is None:
             return None
-        step, window, examples = self._marked
+        step, window, examples, waited = self._marked
         self._marked = None
         # np.asarray costs a tenth of jax.device_get where the arrays are scalars on the host.
         losses, norms = ([np.asarray(m[i]).item() for m in window] for i in range(2))
@@ -92,6 +93,7 @@ class Report:
             "examples_per_second": round(rate, 3),
             "skipped": skipped,
             "wall_seconds": round(now - self._start, 3),
+            "input_wait_seconds": round(waited, 4),
         }
         if self._first_step is not None:
             line["first_step_seconds"] = round(self._first_step, 3)

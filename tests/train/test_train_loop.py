@@ -4,6 +4,7 @@ import itertools
 import json
 import signal
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,8 @@ def test_the_data_position_goes_on(tmp_path):
 def test_a_signal_finishes_the_step_and_saves(by_hand, tmp_path, name):
     def source(examples):
         for i, x in enumerate(batches(examples)):
-            if examples == 0 and i == 9:
+            # Counted from 0: it is read two steps ahead, while step 10 runs.
+            if examples == 0 and i == 11:
                 signal.raise_signal(signal.Signals[name])
             yield x
 
@@ -285,3 +287,17 @@ def test_an_error_of_the_users_comes_through_and_the_saved_step_stays(tmp_path):
     with pytest.raises(RuntimeError, match="no such image"):
         fit(9, tmp_path, source=source, save_every=4)
     assert train.latest_valid(tmp_path / "checkpoints") == 4
+
+
+def test_waiting_for_input_is_told(tmp_path):
+    def source(examples):
+        for x in batches(examples):
+            time.sleep(0.02)
+            yield x
+
+    lines = []
+    fit(20, tmp_path, source=source, report_every=10, on_report=lines.append)
+    # Reading takes far longer than a step, so that 17 reads are waited for on an idle machine; the
+    # first batch and the two read beside the first step do not count.
+    waited = sum(line["input_wait_seconds"] for line in lines)
+    assert 0.02 * 8 <= waited <= lines[-1]["wall_seconds"]

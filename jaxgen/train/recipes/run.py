@@ -11,6 +11,7 @@ everything but its checkpoints, which all write, and measures the run alone when
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -369,6 +370,7 @@ def measure(run: Run, *, say: Say = lambda line: None) -> tuple[dict[str, Any], 
     pictures.draw_curves(out / "curves.png", lines)
     seconds = {
         "training": lines[-1]["wall_seconds"] if lines else None,
+        "waiting for input": round(math.fsum(x.get("input_wait_seconds", 0.0) for x in lines), 3),
         "first_step": next(
             (n["first_step_seconds"] for n in reversed(lines) if "first_step_seconds" in n), None
         ),
