@@ -16,6 +16,7 @@ This file imports nothing heavy: there is a supervisor beside every worker.
 """
 
 import contextlib
+import logging
 import os
 import re
 import selectors
@@ -122,6 +123,8 @@ def _attach() -> None:
         os.fdopen(handle, "w", encoding="utf-8", errors="replace", buffering=1)
         for handle in (out, error)
     )
+    # What libraries log, stacks of a lost process too, goes the way of the runtime's talk.
+    logging.basicConfig(stream=os.fdopen(2, "w", errors="replace", closefd=False))
 
     def watch() -> None:
         os.read(life, 1)

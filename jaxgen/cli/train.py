@@ -38,8 +38,8 @@ class Train:
     checkpoints have the pool's size. jaxgen plan shows beforehand what that comes to.
 
     Several processes, on one host or many, train one run by --distributed; where no cluster says
-    so itself, give each of them --coordinator HOST:PORT --processes N --process-id I. If one of them
-    goes the others stop with exit code 75, and the same commands go on from the last checkpoint.
+    so itself give each --coordinator HOST:PORT --processes N --process-id I. If one of them goes
+    the others stop with exit code 75, and the same commands go on from the last checkpoint.
 
     For example:
 
