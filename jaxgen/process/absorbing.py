@@ -325,8 +325,8 @@ def mask_tokens_lambda(
       checkify) is filled with V + 1, which is no token.
 
     Raises:
-      TypeError: ids that are not integer. ValueError: shapes that do not fit, or a concrete id out
-      of range.
+      TypeError: ids that are not integer.
+      ValueError: shapes that do not fit, or a concrete id out of range.
     """
     lam = checks.floating("lam", lam)
     ok = (lam >= 0) & (lam <= 1)
