@@ -2,10 +2,15 @@
 
 A sample then does not change with the size of its batch or with the number of devices. An
 example without a batch uses its key as it is.
+
+Inside ``shard_map`` or ``pmap`` a function sees its device's part of the batch only. Within
+``part_of_batch`` a draw for as many examples as that part holds counts them over all devices, so
+that example ``i`` draws what it would have drawn on one.
 """
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -14,7 +19,37 @@ from jax.typing import DTypeLike
 
 from jaxgen.core.arrays import batch_event, real_dtype
 
-__all__ = ["check", "fold", "map_batch", "normal", "rademacher", "uniform"]
+__all__ = [
+    "check",
+    "first_index",
+    "fold",
+    "map_batch",
+    "normal",
+    "part_of_batch",
+    "rademacher",
+    "uniform",
+]
+
+# A context that jit's caches know of: what is traced within it is not used outside.
+_part = jax.make_user_context(None)
+
+
+def part_of_batch(axis_name: str | tuple[str, ...], n: int) -> AbstractContextManager[None]:
+    """Within it, a draw for ``n`` examples is one for this device's part of a batch.
+
+    Args:
+      axis_name: the mapped axes that split the batch, outermost first.
+      n: how many examples each device holds. Draws for another number (of probes, say, or of
+        directions) are left as they are; so is ``fold(..., is_batch=False)``.
+    """
+    return _part((axis_name, n))
+
+
+def first_index(n: int) -> jax.Array | int:
+    """The number of the first of ``n`` examples: 0 but within ``part_of_batch``."""
+    if _part.value is None or _part.value[1] != n:
+        return 0
+    return jax.lax.axis_index(_part.value[0]) * n
 
 
 def check(key: Any) -> jax.Array:
@@ -35,10 +70,13 @@ def check(key: Any) -> jax.Array:
     return key
 
 
-@functools.partial(jax.jit, static_argnames=("n", "offset"), inline=True)
-def fold(key: jax.Array, n: int, offset: int = 0) -> jax.Array:
-    """Keys ``(n,)``: ``fold_in(key, offset + i)``."""
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(offset, offset + n))
+@functools.partial(jax.jit, static_argnames=("n", "offset", "is_batch"), inline=True)
+def fold(key: jax.Array, n: int, offset: int = 0, *, is_batch: bool = True) -> jax.Array:
+    """Keys ``(n,)``: ``fold_in(key, offset + i)``; ``is_batch``: see ``part_of_batch``."""
+    index = jnp.arange(offset, offset + n)
+    if is_batch:
+        index = index + first_index(n)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
 def map_batch(draw: Callable[[jax.Array], Any], key: jax.Array, batch: tuple[int, ...]) -> Any:

@@ -90,7 +90,7 @@ def probes(
 
     if n is None:
         return draw(keys.check(key))
-    return jax.vmap(draw)(keys.fold(keys.check(key), checks.positive_int("n", n)))
+    return jax.vmap(draw)(keys.fold(keys.check(key), checks.positive_int("n", n), is_batch=False))
 
 
 def _lift(

@@ -169,7 +169,7 @@ def _run(
     batch = batch_event(shape, event_ndim)[0]
     key = keys.check(key)
     if batch:
-        indices = jnp.asarray(first_index) + jnp.arange(batch[0])
+        indices = jnp.asarray(first_index) + keys.first_index(batch[0]) + jnp.arange(batch[0])
         own = jax.vmap(lambda i: jax.random.fold_in(key, i))(indices)
         return _write(own, field, process, x, steps_of(own), steps, lam_of, top_p, top_k, cache)
 

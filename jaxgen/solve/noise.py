@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxgen.core import checks
+from jaxgen.core import checks, keys
 from jaxgen.solve.path import AHEAD, GridPath, fold_each
 from jaxgen.solve.semilinear import GridSolver
 
@@ -36,7 +36,8 @@ def sample_keys(key: jax.Array, batch: tuple[int, ...], first_index: ArrayLike) 
     """``fold_in(key, first_index + i)`` for the samples of a batch; the key itself without one."""
     if not batch:
         return key
-    index = jnp.asarray(first_index, jnp.int32) + jnp.arange(batch[0], dtype=jnp.int32)
+    first = jnp.asarray(first_index, jnp.int32) + keys.first_index(batch[0])
+    index = first + jnp.arange(batch[0], dtype=jnp.int32)
     return fold_each(key, index)
 
 
