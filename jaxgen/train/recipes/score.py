@@ -279,8 +279,9 @@ def _check_potential(config: Resolved, data: Dataset) -> None:
             f"prediction is {config.prediction}; with fokker_planck a log-density is learned, "
             "whose gradient is the score: leave prediction out"
         )
-    for name, plain in (("labels", False), ("dropout", 0.0), ("precision", "float32")):
-        if getattr(config, name) != plain:
+    plain = {"labels": False, "dropout": 0.0, "precision": "float32", "remat": False}
+    for name, unset in plain.items():
+        if getattr(config, name) != unset:
             raise ConfigError(
                 f"{name} is {getattr(config, name)}, which does not go with fokker_planck; leave "
                 "it out"
@@ -306,6 +307,7 @@ def build(config: Resolved, data: Dataset) -> Experiment:
         "dropout": config.dropout,
         "time_scale": _TIME_SCALE,
         "dtype": dtype,
+        "remat": config.remat,
     }
     if config.fokker_planck is not None:
         _check_potential(config, data)

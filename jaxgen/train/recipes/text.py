@@ -149,6 +149,7 @@ def build_text(config: Resolved, vocabulary: Vocabulary, text: Text | None) -> T
         heads,
         config.dropout,
         None if config.precision == "float32" else jnp.dtype(config.precision),
+        remat=config.remat,
     )
     empty = Dataset(config.data, np.zeros((0, vocabulary.length), np.uint8))
     return TextExperiment(
