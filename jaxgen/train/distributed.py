@@ -5,7 +5,7 @@ Each process is started with the same command, finds the others through one coor
 and every process learns how that went: a process that waits for one that has given up would wait
 for ever. Nothing here does anything, or costs anything, in a run of one process.
 
-Within the training loop nothing waits for an answer: ``Agreement`` asks about once a second by a
+Within the training loop nothing waits for an answer: ``Agreement`` asks about twice a second by a
 collective of three integers, and reads the answer at the next question.
 """
 
@@ -329,7 +329,7 @@ class Agreement:
         by one. A wish is granted two looks after it at the latest.
     """
 
-    def __init__(self, seconds: float = 1.0):
+    def __init__(self, seconds: float = 0.5):
         self._seconds, self._next, self._every = seconds, 0, 1
         self._asked: jax.Array | None = None
         self._last, self._step = time.monotonic(), 0
