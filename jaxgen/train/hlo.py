@@ -37,8 +37,8 @@ COLLECTIVES = (
 
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0, "opaque": 0}
 _MOVES_NOTHING = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
-    "after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update",
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update",
     "async-done",
 }  # fmt: skip
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
@@ -199,7 +199,8 @@ class _Program:
                 inner.add(self._total(name, fused=fused or op.opcode == "fusion"))
                 if "all-reduce-scatter" in name or "all-reduce-scatter" in op.name:
                     inner.found = {
-                        key: ("reduce-scatter", *rest) for key, (_, *rest) in inner.found.items()
+                        key: ("reduce-scatter", size, group, count)
+                        for key, (_, size, group, count) in inner.found.items()
                     }
                 total.add(inner)
         elif op.opcode in ("dot", "convolution"):

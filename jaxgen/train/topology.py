@@ -7,7 +7,7 @@ starts, so that both belong into a process of their own, started with ``environm
 
 Figures of the chips are the published ones, from the pages of Google Cloud's TPU documentation
 ("TPU v5e", "TPU v5p", "TPU v6e", "TPU v4"), November 2026; v4's links from Jouppi et al. 2023,
-"TPU v4" (arXiv:2304.01433), table 4. All are per chip, which is one jax device each: a v4 or v5p
+"TPU v4" (arXiv:2304.01433), table 4. All are of one chip, which is one jax device: a v4 or v5p
 chip has two cores that jax shows as one (megacore).
 """
 
@@ -20,7 +20,6 @@ from typing import Any
 
 __all__ = ["CHIPS", "Chip", "Topology", "environment", "parse_topology", "topology_devices"]
 
-_GB = 10**9
 _GIB = 2**30
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
@@ -55,9 +54,9 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", 275e12, 32 * _GIB, 1200e9, 300e9, _CUBES),
-        Chip("v5e", 197e12, 16 * _GB, 819e9, 200e9, _FLAT),
-        Chip("v5p", 459e12, 95 * _GB, 2765e9, 600e9, _CUBES),
-        Chip("v6e", 918e12, 32 * _GB, 1638e9, 400e9, _FLAT),
+        Chip("v5e", 197e12, 16 * _GIB, 819e9, 200e9, _FLAT),
+        Chip("v5p", 459e12, 95 * _GIB, 2765e9, 600e9, _CUBES),
+        Chip("v6e", 918e12, 32 * _GIB, 1638e9, 400e9, _FLAT),
     )
 }
 """Chips by name."""
@@ -142,14 +141,14 @@ def topology_devices(topology: Topology) -> list[Any]:
         found = [device for device in jax.devices() if device.platform == "cpu"]
         if len(found) < topology.size:
             raise ValueError(
-                f"topology is {topology.name}, and this process has {len(found)} CPU devices; set "
-                f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.size} before jax starts"
+                f"topology is {topology.name}, and this process has {len(found)} CPU devices; "
+                f"start it with XLA_FLAGS=--xla_force_host_platform_device_count={topology.size}"
             )
         return found[: topology.size]
     from jax.experimental import topologies
 
     # Hosts hold 2 x 2 chips, unless the slice is smaller.
-    bounds = tuple(min(2, side) for side in topology.shape[:2]) + (1,)
+    bounds = (*(min(2, side) for side in topology.shape[:2]), 1)
     more = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
     description = topologies.get_topology_desc(
         topology.name, "tpu", chips_per_host_bounds=bounds, **more
