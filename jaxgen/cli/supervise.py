@@ -151,7 +151,7 @@ class _Watch:
     def __init__(self) -> None:
         self.talk: deque[str] = deque(maxlen=60)
         self.stage, self.folder = "", ""
-        self.is_hung = False
+        self.is_stalled = False
         self._failed_at: float | None = None
         self._beat: float | None = None
         self._longest = 0.0
@@ -178,10 +178,10 @@ class _Watch:
 
     def must_end(self) -> bool:
         """Whether the worker hangs: the runtime has failed, or no step comes any more."""
-        now = time.monotonic()
-        failed = self._failed_at is not None and now - self._failed_at > _GRACE
-        stalled = self._beat is not None and now - self._beat > max(_STALL, 20 * self._longest)
-        return failed or stalled
+        now, longest = time.monotonic(), max(_STALL, 20 * self._longest)
+        self.is_stalled |= self._beat is not None and now - self._beat > longest
+        has_failed = self._failed_at is not None and now - self._failed_at > _GRACE
+        return has_failed or self.is_stalled
 
     @property
     def is_lost(self) -> bool:
@@ -233,7 +233,12 @@ def supervise(name: str, command: Sequence[str]) -> int:
             worker.send_signal(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, forward) for number in numbers}
+    before = {
+        number: signal.signal(number, forward)
+        for number in numbers
+        # What is ignored stays so (nohup).
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         worker = subprocess.Popen(
             list(command),
@@ -284,7 +289,6 @@ def _follow(worker: subprocess.Popen[bytes], watch: _Watch, status: int, talk: i
                 break
             has_ended = worker.poll() is not None
             if not has_ended and watch.must_end():
-                watch.is_hung = True
                 worker.kill()
     for handle, line in rest.items():
         if line:
@@ -303,8 +307,10 @@ def _verdict(name: str, code: int, watch: _Watch) -> int:
             "same --coordinator and --processes"
         )
         return 2
-    if code == LOST or watch.is_lost or (watch.is_hung and code == -signal.SIGKILL):
-        what = "no step has come for too long" if watch.is_hung else "a process of the run has gone"
+    if code == LOST or (code < 0 and (watch.is_lost or watch.is_stalled)):
+        what = "a process of the run has gone"
+        if watch.is_stalled and not watch.is_lost:
+            what = "no step has come for too long"
         say(f"{what}; {watch.again()}")
         return LOST
     if code == -signal.SIGKILL:

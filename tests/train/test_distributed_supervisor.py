@@ -11,9 +11,7 @@ import pytest
 
 from jaxgen.cli import supervise
 
-FATAL = (
-    "F client.h:80] Terminating process because the JAX distributed service detected fatal errors."
-)
+FATAL = "F client.h] Terminating process because the JAX distributed service detected fatal errors"
 # A worker without jax: it takes up the pipes and does what the test asks for.
 ATTACH = "import os, signal, sys, time; from jaxgen.cli import supervise; supervise._attach();"
 STACK = f"os.write(2, b'{FATAL}\\n*** Check failure stack trace: ***\\n    @ 0x7f ...\\n');"
@@ -80,7 +78,7 @@ def test_a_worker_that_hangs_after_a_failure_is_killed(capfd, monkeypatch):
     monkeypatch.setattr(supervise, "_GRACE", 0.3)
     start = time.monotonic()
     code, _, said = supervised(capfd, STACK + "time.sleep(60)")
-    assert (code == 75 and "has gone" in said) or "too long" in said
+    assert code == 75 and said.startswith("run: a process of the run has gone;")
     assert time.monotonic() - start < 20
 
 
@@ -98,7 +96,8 @@ def test_a_worker_whose_steps_stop_coming_is_killed(capfd, monkeypatch):
 
 
 def start_outside(body):
-    code = f"import sys; from jaxgen.cli import supervise; sys.exit(supervise.supervise('run', {[sys.executable, '-c', ATTACH + body]!r}))"
+    command = [sys.executable, "-c", ATTACH + body]
+    code = f"from jaxgen.cli import supervise; supervise.end(supervise.supervise('run', {command}))"
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -107,7 +106,7 @@ def start_outside(body):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_are_handed_on(name):
     body = (
-        "h = lambda n, f: (print(signal.Signals(n).name), supervise.end(9));"
+        "h = lambda n, f: (os.write(sys.stdout.fileno(), b'%d\\n' % n), supervise.end(9));"
         "signal.signal(signal.SIGINT, h); signal.signal(signal.SIGTERM, h);"
         "print('ready', flush=True); time.sleep(60)"
     )
@@ -115,7 +114,8 @@ def test_signals_are_handed_on(name):
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.Signals[name])
     out, said = process.communicate(timeout=20)
-    assert out == {"SIGHUP": "SIGTERM"}.get(name, name) + "\n"
+    # A worker knows nothing of a terminal that has hung up.
+    assert int(out) == (signal.SIGINT if name == "SIGINT" else signal.SIGTERM)
     assert (process.returncode, said) == (9, "")
 
 
