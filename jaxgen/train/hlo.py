@@ -41,6 +41,14 @@ _MOVES_NOTHING = {
     "call", "after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update",
     "async-done",
 }  # fmt: skip
+# Those of which XLA's cost analysis counts one operation for each element.
+_ELEMENTWISE = {
+    "abs", "add", "and", "ceil", "clamp", "compare", "convert", "divide", "floor", "maximum",
+    "minimum", "multiply", "negate", "not", "or", "power", "remainder", "select", "shift-left",
+    "shift-right-arithmetic", "shift-right-logical", "sign", "subtract", "xor",
+}  # fmt: skip
+# Begins the key of a collective inside a fusion.
+_CLONE = "clone/"
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%([\w.\-]+)")
 
@@ -70,7 +78,8 @@ class Counts:
       collectives: those that are there, in the order of ``COLLECTIVES``.
       matmul_flops: of ``dot`` and ``convolution``, two for each multiplication and addition; a
         convolution's padding counts as if it were data.
-      flops_in_loops: how many times more that is than with every loop's body counted once.
+      flops_in_loops: how many times more FLOPs there are, those of elements and sums included, than
+        with every loop's body counted once.
       bytes_in_loops: likewise, of the bytes that operations read and write.
       unknown_loops: loops of an unknown number of rounds, counted once.
     """
@@ -106,15 +115,17 @@ class _Op:
 class _Total:
     """Of one call of a computation: by every round of its loops, and by one round of each."""
 
+    products: int = 0
     flops: int = 0
     flops_once: int = 0
     bytes: int = 0
     bytes_once: int = 0
     unknown: int = 0
-    # By channel: kind, bytes, devices, how often.
+    # By place, or by channel inside fusions: kind, bytes, devices, how often.
     found: dict[str, tuple[str, int, int, int]] = dataclasses.field(default_factory=dict)
 
     def add(self, other: "_Total", times: int = 1) -> None:
+        self.products += times * other.products
         self.flops += times * other.flops
         self.flops_once += other.flops_once
         self.bytes += times * other.bytes
@@ -122,9 +133,11 @@ class _Total:
         self.unknown += other.unknown
         for key, (kind, size, group, count) in other.found.items():
             before = self.found.get(key)
-            # The clones of one asynchronous operation share their channel.
-            count = max(times * count, before[3] if before else 0)
-            kind = before[0] if before and before[0] == "reduce-scatter" else kind
+            count *= times
+            if before is not None:
+                # The clones of one asynchronous operation are one.
+                count = max(count, before[3]) if key.startswith(_CLONE) else count + before[3]
+                kind = before[0] if before[0] == "reduce-scatter" else kind
             self.found[key] = (kind, size, group, count)
 
     def weight(self) -> tuple[int, int]:
@@ -167,7 +180,7 @@ class _Program:
             sums[2] += round(count * size * _share_sent(kind, group))
         return Counts(
             tuple(Collective(kind, *kinds[kind]) for kind in COLLECTIVES if kind in kinds),
-            total.flops,
+            total.products,
             total.flops / total.flops_once if total.flops_once else 1.0,
             total.bytes / total.bytes_once if total.bytes_once else 1.0,
             total.unknown,
@@ -205,22 +218,32 @@ class _Program:
                 total.add(inner)
         elif op.opcode in ("dot", "convolution"):
             flops = self._product_flops(where, op)
+            total.products += flops
+            total.flops += flops
+            total.flops_once += flops
+        elif op.opcode in _ELEMENTWISE or op.opcode in ("reduce", "reduce-window"):
+            shape = op.shape if op.opcode in _ELEMENTWISE else self._shape(where, op.operands[0])
+            flops = sum(math.prod(dims) for dims in _dims(shape))
             total.flops += flops
             total.flops_once += flops
         elif (kind := op.opcode.removesuffix("-start")) in COLLECTIVES:
-            self._add_collective(total, where, op, kind)
+            self._add_collective(total, where, op, kind, fused)
         if not fused and op.opcode not in _MOVES_NOTHING and not op.opcode.endswith("-done"):
             size = _bytes(op.shape) + self._operand_bytes(where, op)
             total.bytes += size
             total.bytes_once += size
 
-    def _add_collective(self, total: _Total, where: str, op: _Op, kind: str) -> None:
+    def _add_collective(self, total: _Total, where: str, op: _Op, kind: str, fused: bool) -> None:
         group = 2 if kind == "collective-permute" else self._group_size(op.rest)
         if group < 2:
             return
         size = self._operand_bytes(where, op) * (group if kind == "all-gather" else 1)
+        key = f"{where}/{op.name}"
         channel = re.search(r"channel_id=(\d+)", op.rest)
-        total.found[channel[1] if channel else op.name] = (kind, size, group, 1)
+        if fused and channel:
+            chain = re.search(r'chain_id="(\d+)"', op.rest)
+            key = f"{_CLONE}{channel[1]}/{chain[1] if chain else ''}/{kind}/{size}"
+        total.found[key] = (kind, size, group, 1)
 
     def _group_size(self, rest: str) -> int:
         """Devices that exchange with each other; all, where nothing else is said."""
