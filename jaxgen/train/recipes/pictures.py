@@ -10,6 +10,7 @@ __all__ = [
     "draw_comparison",
     "draw_curves",
     "draw_grid",
+    "draw_operations",
     "draw_points",
     "draw_steering",
     "draw_text",
@@ -190,6 +191,32 @@ def draw_steering(
     above_level.semilogy(steps, levels, color="gray", linestyle=":")
     above_level.set_ylabel("sigma / alpha")
     below.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_operations(
+    path: Path, title: str, panels: Sequence[tuple[str, Sequence[tuple[str, float]]]]
+) -> None:
+    """Bars of what takes the time of a step, the backward pass in another colour.
+
+    Args:
+      path: the PNG file.
+      title: of the whole.
+      panels: one above the other, titles and rows: what it is (ending in ``", backward"`` where it
+        is of that) and its share of the time, the longest first.
+    """
+    counts = [len(rows) for _, rows in panels]
+    figure = _figure(9.0, 0.8 + sum(0.8 + 0.24 * n for n in counts))
+    figure.suptitle(f"{title}\nblue: forward and update, orange: backward")
+    every = figure.subplots(len(panels), 1, squeeze=False, height_ratios=[3 + n for n in counts])
+    for axes, (name, rows) in zip(every[:, 0], panels, strict=True):
+        colours = ["C1" if row[0].endswith(", backward") else "C0" for row in rows]
+        axes.barh(-np.arange(len(rows)), [100 * share for _, share in rows], color=colours)
+        names = [row[0] if len(row[0]) <= 60 else "\u2026" + row[0][-59:] for row in rows]
+        axes.set_yticks(-np.arange(len(rows)), names, fontsize=8)
+        axes.set_xlabel("% of the time in operations")
+        axes.set_title(name, fontsize=10)
+        axes.margins(y=0.02)
     _save(figure, path)
 
 
