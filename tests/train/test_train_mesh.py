@@ -1,4 +1,7 @@
-"""Data parallelism: the same run on one and on eight virtual devices."""
+"""Meshes: the same run on one and on eight virtual devices, however they are laid out."""
+
+import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -7,29 +10,44 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxgen import train
+from jaxgen import share, train
 from jaxgen.core import keys
+from jaxgen.train.mesh import (
+    RULES,
+    gather,
+    make_mesh,
+    parse_rules,
+    place,
+    shard_batch,
+    state_shardings,
+)
 
-BATCH, WIDTH, STEPS = 16, 16, 100
+BATCH, WIDTH, WIDE, STEPS = 16, 16, 64, 100
 
 
-def init(key):
+def init(key, width=WIDTH):
     a, b = jax.random.split(key)
-    return {
-        "a": jax.random.normal(a, (3, WIDTH)) / 2,
-        "b": jax.random.normal(b, (WIDTH, 2)) / WIDTH**0.5,
+    params = {
+        "a": jax.random.normal(a, (3, width)) / 2,
+        "b": jax.random.normal(b, (width, 2)) / width**0.5,
     }
+    if width >= WIDE:
+        params["c"] = jax.random.normal(jax.random.key(5), (width, width)) / width**0.5
+    return params
 
 
 def network(params, x, t):
-    return jnp.tanh(jnp.concatenate([x, t[:, None]], axis=1) @ params["a"]) @ params["b"]
+    hidden = jnp.tanh(jnp.concatenate([x, t[:, None]], axis=1) @ params["a"])
+    if "c" in params:
+        hidden = jnp.tanh(hidden @ params["c"])
+    return hidden @ params["b"]
 
 
 def loss_fn(key, params, x0):
     """Noise prediction with times and noise drawn per example."""
     time_key, noise_key = jax.random.split(key)
-    t = keys.uniform(time_key, x0.shape[:1], event_ndim=0)
-    noise = keys.normal(noise_key, x0.shape)
+    t = keys.uniform(time_key, x0.shape[:1], x0.dtype, event_ndim=0)
+    noise = keys.normal(noise_key, x0.shape, x0.dtype)
     x_t = jnp.cos(t)[:, None] * x0 + jnp.sin(t)[:, None] * noise
     return jnp.sum((network(params, x_t, t) - noise) ** 2, axis=1)
 
@@ -159,3 +177,274 @@ def test_sharded_parameters_keep_their_sharding(single):
         np.testing.assert_allclose(metrics.loss, single[1][i], rtol=1e-5)
     for leaf in (state.params["a"], state.ema["a"], state.opt_state[0].mu["a"]):
         assert leaf.sharding.is_equivalent_to(rows, 2)
+
+
+# --- meshes in words, and rules -------------------------------------------------------------------
+
+
+def shapes(width=WIDE):
+    params = {"Dense_0": {"kernel": jnp.zeros((16, width)), "bias": jnp.zeros(width)}}
+    make = lambda: train.TrainState.create(  # noqa: E731
+        jax.random.key(0), {"net": params, "pool": jnp.zeros(4096)}, OPTIMIZER
+    )
+    return jax.eval_shape(make)
+
+
+def specs_of(mesh, rules=RULES):
+    found = state_shardings(shapes(), mesh, rules)
+    flat = jax.tree_util.tree_leaves_with_path(found)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): s.spec for p, s in flat}
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes"),
+    [
+        ("data=8", {"data": 8}),
+        ("data=4,fsdp=2", {"data": 4, "fsdp": 2}),
+        ("fsdp=-1", {"fsdp": 8}),
+        (" data=2, fsdp=-1 ,model=2", {"data": 2, "fsdp": 2, "model": 2}),
+    ],
+)
+def test_a_mesh_in_words(words, sizes):
+    mesh = make_mesh(words)
+    assert dict(mesh.shape) == sizes and list(mesh.shape) == list(sizes)
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    assert set(make_mesh(words, axis_types="explicit").axis_types) == {AxisType.Explicit}
+    batches = sizes.get("data", 1) * sizes.get("fsdp", 1)
+    x = shard_batch(np.arange(8.0), mesh)
+    assert {s.data.shape for s in x.addressable_shards} == {(8 // batches,)}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("data=3", "multiplies to 3, and there are 8 devices"),
+        ("data=3,fsdp=-1", "expected sizes that divide 8"),
+        ("data=-1,fsdp=-1", "sizes of data and fsdp open"),
+        ("data=0", "no device"),
+        ("data=4,data=2", "twice"),
+        ("8", "expected name=size"),
+        ("data=8,", "expected name=size"),
+        ("data=-2", "expected name=size"),
+        ("", "expected name=size"),
+    ],
+)
+def test_a_mesh_that_cannot_be(words, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(words)
+
+
+def test_a_mesh_of_some_devices():
+    assert make_mesh("data=-1", jax.devices()[:3]).devices.size == 3
+    with pytest.raises(ValueError, match="axis_types is 'manual'"):
+        make_mesh("data=8", axis_types="manual")
+
+
+def test_the_default_rules_split_what_mirrors_the_parameters():
+    found = specs_of(make_mesh("data=4,fsdp=2"))
+    kernel, pool = "net/Dense_0/kernel", "pool"
+    for part in ("params", "ema", "opt_state/0/mu", "opt_state/0/nu"):
+        assert found.pop(f"{part}/{kernel}") == PartitionSpec(None, "fsdp")
+        assert found.pop(f"{part}/{pool}") == PartitionSpec("fsdp")
+    assert set(found.values()) == {PartitionSpec()}  # small leaves and counters
+    assert set(specs_of(make_mesh("data=8")).values()) == {PartitionSpec()}
+    # 3 divides no axis.
+    assert set(specs_of(make_mesh("fsdp=-1", jax.devices()[:3])).values()) == {PartitionSpec()}
+
+
+def test_rules_of_the_user_come_first():
+    mesh = make_mesh("data=4,fsdp=2")
+    words = ["^params/pool=replicate", "pool=data+fsdp", "bias=largest:fsdp", "kernel=fsdp"]
+    assert str(parse_rules(words)).splitlines() == [*words, ".=largest:fsdp"]
+    found = specs_of(mesh, words)
+    assert found["params/pool"] == PartitionSpec()
+    assert found["ema/pool"] == PartitionSpec(("data", "fsdp"))
+    assert found["params/net/Dense_0/bias"] == PartitionSpec()  # small
+    assert found["params/net/Dense_0/kernel"] == PartitionSpec("fsdp")
+    assert specs_of(mesh, parse_rules(words)) == found
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("kernel", "not PATTERN=PLACEMENT"),
+        ("kernel=", "not PATTERN=PLACEMENT"),
+        ("(=fsdp", "regular expression"),
+        ("kernel=fsdp,fsdp", "twice"),
+        ("kernel=-,", "names no mesh axis"),
+        ("kernel=largest:", "names no mesh axis"),
+        ("kernel=tensor", "names the axis 'tensor'; the mesh has 'data', 'fsdp'"),
+        ("nets=fsdp", "matches none of the 18 leaves: params/net/Dense_0/bias, "),
+        ("bias=-,fsdp", "speaks of 2 axes, and params/net/Dense_0/bias has shape"),
+        ("^step=fsdp", r"step has shape \(\)"),
+        ("kernel=-,data", "splits axis 1 of params/net/Dense_0/kernel"),
+    ],
+)
+def test_a_rule_that_cannot_be(rule, message):
+    with pytest.raises(ValueError, match=message) as error:
+        state_shardings(shapes(66), make_mesh("data=4,fsdp=2"), [rule])
+    assert repr(rule) in str(error.value)
+
+
+def test_placed_and_gathered_again():
+    state = train.TrainState.create(jax.random.key(3), init(jax.random.key(2), 64), OPTIMIZER)
+    there = place(state, make_mesh("data=2,fsdp=4"))
+    assert there.params["c"].sharding.spec == PartitionSpec("fsdp")
+    assert there.params["c"].addressable_shards[0].data.shape == (16, 64)
+    back = gather(there)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(state), strict=True):
+        assert a.devices() == {jax.local_devices()[0]}
+        is_key = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+        a, b = (jax.random.key_data(x) if is_key else x for x in (a, b))
+        np.testing.assert_array_equal(a, b)
+
+
+# --- one step for every mesh ----------------------------------------------------------------------
+
+
+def wide_step(**options):
+    return train.make_train_step(loss_fn, OPTIMIZER, **options)
+
+
+def put_state(mesh, rules=RULES, dtype=jnp.float32):
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), init(jax.random.key(2), WIDE))
+    state = train.TrainState.create(jax.random.key(1), params, OPTIMIZER)
+    return state if mesh is None else place(state, mesh, rules)
+
+
+def losses_of(step, state, mesh, dtype=np.float32, steps=STEPS):
+    losses = []
+    for i in range(steps):
+        x = batch(i).astype(dtype)
+        state, metrics = step(state, x if mesh is None else shard_batch(x, mesh))
+        losses.append(metrics.loss.block_until_ready())
+    return np.array(jax.device_get(losses)), state
+
+
+def tolerance(dtype, growth):
+    """How far two orders of summation may drive the losses of ``STEPS`` steps apart.
+
+    A sum of m terms in another order moves by about u sqrt(m) of its size, a run by that at each
+    of its steps, independently; what moves early has grown by ``growth`` at the end. Five times
+    over, for five standard deviations.
+    """
+    terms = BATCH + WIDE + 4
+    return 5 * growth * np.finfo(dtype).eps / 2 * (terms * STEPS) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def alone64():
+    """Losses on one device in float64, and by how much a change of the start grows in them."""
+    with jax.enable_x64(True):
+        step = wide_step()
+        losses, _ = losses_of(step, put_state(None, dtype=jnp.float64), None, np.float64)
+        nudged = put_state(None, dtype=jnp.float64)
+        size = 1e-9
+        nudged = nudged.replace(params=jax.tree.map(lambda p: p * (1 + size), nudged.params))
+        moved, _ = losses_of(step, nudged, None, np.float64)
+    growth = max(1.0, float(np.max(np.abs(moved - losses))) / size)
+    assert growth < 100 and np.ptp(losses) > 0.5
+    return losses, growth
+
+
+MESHES = [
+    ("data=4,fsdp=2", "auto", True),
+    ("data=8", "explicit", True),
+    ("fsdp=8", "auto", False),
+    pytest.param("data=4,fsdp=2", "auto", False, marks=pytest.mark.slow),
+    pytest.param("data=4,fsdp=2", "explicit", True, marks=pytest.mark.slow),
+    pytest.param("fsdp=8", "auto", True, marks=pytest.mark.slow),
+    pytest.param("fsdp=8", "explicit", True, marks=pytest.mark.slow),
+    pytest.param("data=8", "auto", False, marks=pytest.mark.slow),
+    pytest.param("data=8", "auto", True, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("words", "kind", "per_example"), MESHES)
+def test_the_same_losses_on_every_mesh(alone64, words, kind, per_example, caplog):
+    mesh = make_mesh(words, axis_types=kind)
+    step = wide_step(per_example=per_example)
+    with jax.enable_x64(True), jax.log_compiles(True), caplog.at_level(logging.WARNING):
+        state = put_state(mesh, dtype=jnp.float64)
+        losses, after = losses_of(step, state, mesh, np.float64)
+    bound = tolerance(np.float64, alone64[1])
+    assert bound < 1e-11
+    np.testing.assert_allclose(losses, alone64[0], rtol=0, atol=bound)
+    # Compiled once, the state where it was, and the old one given up for the new.
+    assert len(re.findall(r"Compiling jit\(step\)", caplog.text)) == 1
+    expected = state_shardings(state, mesh)
+    for leaf, where in zip(jax.tree.leaves(after), jax.tree.leaves(expected), strict=True):
+        assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    assert ("fsdp" in words) == (not after.ema["c"].sharding.is_fully_replicated)
+    assert int(after.examples) == STEPS * BATCH
+
+
+@pytest.mark.parametrize("words", ["data=4,fsdp=2", pytest.param("data=8", marks=pytest.mark.slow)])
+def test_the_same_losses_in_float32(alone64, words):
+    mesh = make_mesh(words)
+    losses, _ = losses_of(wide_step(per_example=True), put_state(mesh), mesh)
+    alone, _ = losses_of(wide_step(), put_state(None), None)
+    bound = tolerance(np.float32, alone64[1])
+    assert bound < 1e-3
+    np.testing.assert_allclose(losses, alone, rtol=0, atol=bound)
+
+
+POOL = ["pool=fsdp", pytest.param("pool=replicate", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("rule", POOL)
+def test_shared_parameters_on_a_mesh(rule):
+    dense = jax.eval_shape(lambda: init(jax.random.key(2), WIDE))
+    layout = share.plan(dense, 1024)
+
+    def loss(key, shared, x):
+        return loss_fn(key, share.expand(shared, layout), x)
+
+    def run(mesh):
+        shared = share.init(jax.random.key(2), layout)
+        state = train.TrainState.create(jax.random.key(1), shared, OPTIMIZER)
+        state = state if mesh is None else place(state, mesh, [rule])
+        return losses_of(
+            train.make_train_step(loss, OPTIMIZER, per_example=True), state, mesh, steps=20
+        )
+
+    losses, state = run(make_mesh("data=4,fsdp=2"))
+    assert state.params.pool.sharding.is_fully_replicated == (rule == "pool=replicate")
+    # 20 steps of float32 sums over at most 4096 / 1024 * 1024 terms of a slot's gradient.
+    np.testing.assert_allclose(losses, run(None)[0], rtol=1e-5)
+
+
+def test_the_parts_are_summed_in_float32():
+    """What is summed between devices, before XLA has had its way with it."""
+    mesh = make_mesh("data=4,fsdp=2")
+
+    def loss(key, params, x):
+        del key
+        x = jnp.concatenate([x, x[:, :1]], axis=1).astype(jnp.bfloat16)
+        out = jnp.tanh(jnp.tanh(x @ params["a"]) @ params["c"]) @ params["b"]
+        assert out.dtype == jnp.bfloat16
+        return jnp.sum(out.astype(jnp.float32) ** 2, axis=1)
+
+    step = train.make_train_step(loss, OPTIMIZER, dtype=jnp.bfloat16, per_example=True)
+    text = step.lower(put_state(mesh), shard_batch(batch(0), mesh)).as_text()
+    sums = re.findall(
+        r"stablehlo\.(all_reduce|reduce_scatter)\".*?\}\) : \((tensor<.*?>)\)", text, re.DOTALL
+    )
+    # Two small gradients and the loss, a scatter of the large one and its sum over "data".
+    assert sorted(name for name, _ in sums) == ["all_reduce"] * 4 + ["reduce_scatter"]
+    assert {kind.rpartition("x")[2].strip(">").rpartition("<")[2] for _, kind in sums} == {"f32"}
+
+
+def test_batches_that_a_mesh_cannot_take():
+    mesh = make_mesh("data=4,fsdp=2")
+    for n, message in ((12, "multiple of 8"), (4, "multiple of 8"), (0, "multiple of 8")):
+        with pytest.raises(ValueError, match=message):
+            shard_batch(np.zeros((n, 2), np.float32), mesh)
+    with pytest.raises(ValueError, match="no example"):
+        STEP(put_state(None), np.zeros((0, 2), np.float32))
+    step = wide_step(per_example=True)
+    with pytest.raises(ValueError, match="batch has 12 examples for 8 devices; expected a multip"):
+        step(put_state(mesh), np.zeros((12, 2), np.float32))
+    with pytest.raises(ValueError, match="accumulate is 4, which does not divide the batch of 2"):
+        wide_step(per_example=True, accumulate=4)(put_state(mesh), shard_batch(batch(0), mesh))
