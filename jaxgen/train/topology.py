@@ -16,6 +16,8 @@ import importlib.util
 import math
 import os
 import re
+import time
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["CHIPS", "Chip", "Topology", "environment", "parse_topology", "topology_devices"]
@@ -129,11 +131,20 @@ def environment(topology: Topology) -> dict[str, str]:
     }
 
 
-def topology_devices(topology: Topology) -> list[Any]:
+def topology_devices(
+    topology: Topology, *, wait: float = 900.0, say: Callable[[str], None] = lambda line: None
+) -> list[Any]:
     """The devices to compile for, in jax's order.
+
+    Args:
+      topology: which.
+      wait: the TPU's compiler serves one process of a machine at a time; how long to wait for
+        another one, in seconds.
+      say: told once if there is one to wait for.
 
     Raises:
       ValueError: this process was not started with ``environment(topology)``, and lacks them.
+      TimeoutError: another process kept the compiler.
     """
     import jax
 
@@ -150,7 +161,22 @@ def topology_devices(topology: Topology) -> list[Any]:
     # Hosts hold 2 x 2 chips, unless the slice is smaller.
     bounds = (*(min(2, side) for side in topology.shape[:2]), 1)
     more = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
-    description = topologies.get_topology_desc(
-        topology.name, "tpu", chips_per_host_bounds=bounds, **more
-    )
-    return list(description.devices)
+    until, told = time.monotonic() + wait, False
+    while True:
+        try:
+            description = topologies.get_topology_desc(
+                topology.name, "tpu", chips_per_host_bounds=bounds, **more
+            )
+            return list(description.devices)
+        except jax.errors.JaxRuntimeError as error:
+            if "lockfile" not in str(error):
+                raise
+        if time.monotonic() > until:
+            raise TimeoutError(
+                f"another process has kept the TPU's compiler for {wait:g} s; try again when it is "
+                "done"
+            )
+        if not told:
+            say("waiting for another process that uses the TPU's compiler")
+            told = True
+        time.sleep(1.0)

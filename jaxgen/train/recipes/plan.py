@@ -7,6 +7,7 @@ process, or over devices that are there, ``plan_experiment`` and ``plan_sampler`
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,10 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxgen import solve
+from jaxgen.core import keys
 from jaxgen.solve.discrete import radd_sample
 from jaxgen.train import mesh as meshes
 from jaxgen.train.data import DataError
@@ -141,30 +142,25 @@ def plan_sampler(
     params = jax.eval_shape(experiment.init, jax.random.key(0))
     named = meshes.state_shardings({"ema": params}, mesh, _only(rules, params, mesh))["ema"]
     params = sharded_shapes(params, named)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = sharded_shapes(key, meshes.replicated(mesh))
+    key = sharded_shapes(jax.eval_shape(lambda: jax.random.key(0)), meshes.replicated(mesh))
+
+    axes = meshes.batch_axes(mesh)
+    shards = math.prod(mesh.shape[name] for name in axes)
+    if n % shards:
+        raise ValueError(
+            f"batch is {n} samples, which do not divide over the {shards} parts of the mesh"
+        )
 
     def draw(key: jax.Array, params: Any) -> jax.Array:
-        if isinstance(experiment, TextExperiment):
-            return radd_sample(
-                key,
-                experiment.conditionals(params),
-                experiment.sde,
-                (n, experiment.vocabulary.length),
-                config.solver_steps,
-                method=config.solver,
-            ).x
-        return solve.sample(
-            key,
-            experiment.field(params),
-            experiment.sde,
-            (n, *experiment.train.event),
-            solver=config.solver,
-            steps=config.solver_steps,
-            prediction=experiment.prediction,
-        ).x
+        with keys.part_of_batch(axes, n // shards):
+            return _draw(key, experiment, params, n // shards)
 
-    lowered = jax.jit(draw, out_shardings=meshes.batch_sharding(mesh)).lower(key, params)
+    # As ``over_batch`` does.
+    whole = PartitionSpec()
+    mapped = jax.shard_map(
+        draw, mesh=mesh, in_specs=(whole, whole), out_specs=meshes.batch_sharding(mesh).spec
+    )
+    lowered = jax.jit(mapped).lower(key, params)
     return plan_program(
         lowered,
         {"weights": params},
@@ -173,6 +169,29 @@ def plan_sampler(
         chip=chip,
         what=f"sampler of {_network(experiment)}, {config.solver} in {config.solver_steps} steps",
     )
+
+
+def _draw(key: jax.Array, experiment: Experiment, params: Any, n: int) -> jax.Array:
+    """Samples by the solver and steps of a run's evaluation."""
+    config = experiment.config
+    if isinstance(experiment, TextExperiment):
+        return radd_sample(
+            key,
+            experiment.conditionals(params),
+            experiment.sde,
+            (n, experiment.vocabulary.length),
+            config.solver_steps,
+            method=config.solver,
+        ).x
+    return solve.sample(
+        key,
+        experiment.field(params),
+        experiment.sde,
+        (n, *experiment.train.event),
+        solver=config.solver,
+        steps=config.solver_steps,
+        prediction=experiment.prediction,
+    ).x
 
 
 def _only(rules: meshes.Rules | Sequence[str], params: Any, mesh: Mesh) -> meshes.Rules:
@@ -287,7 +306,7 @@ def serve() -> None:
 
     try:
         plan = _plan(request, lambda line: answer(say=line))
-    except (ConfigError, DataError, ValueError) as error:
+    except (ConfigError, DataError, ValueError, TimeoutError) as error:
         answer(error=str(error))
     else:
         answer(plan=plan.to_dict())
@@ -297,7 +316,7 @@ def _plan(request: Mapping[str, Any], say: Say) -> RunPlan:
     where: Topology = parse_topology(request["topology"])
     config = from_mapping(request["config"], ScoreConfig())
     experiment = _experiment(config)
-    mesh = meshes.make_mesh(request["mesh"], topology_devices(where))
+    mesh = meshes.make_mesh(request["mesh"], topology_devices(where, say=say))
     rules = meshes.parse_rules(request["rules"])
     resolved = experiment.config
     options: dict[str, Any] = {"rules": rules, "chip": where.chip}
@@ -314,6 +333,6 @@ def _plan(request: Mapping[str, Any], say: Say) -> RunPlan:
         sampler = plan_sampler(experiment, mesh, **options)
     if request["largest"]:
         shards = [mesh.shape[name] for name in meshes.batch_axes(mesh)]
-        multiple = int(np.prod(shards, dtype=int)) * resolved.accumulate
+        multiple = math.prod(shards) * resolved.accumulate
         best, compiles = largest_batch(step_at, step, multiple)
     return RunPlan(step, sampler, best, compiles)
