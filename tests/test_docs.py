@@ -5,6 +5,7 @@ A ```py block is somebody else's code, and a ```sh block is for a shell: neither
 """
 
 import doctest
+import inspect
 import re
 from pathlib import Path
 
@@ -84,7 +85,11 @@ def test_the_reference_has_each_room():
         text = (DOCS / "reference" / f"{room}.md").read_text(encoding="utf-8")
         assert f"reference/{room}.md" in navigation
         module = getattr(jaxgen, room)
-        for public in ("", *module.__all__):
-            thing = getattr(module, public) if public else module
-            if type(thing) is type(jaxgen):
+        assert f"::: {module.__name__}\n" in text
+        for public in module.__all__:
+            thing = getattr(module, public)
+            if inspect.ismodule(thing):
                 assert f"::: {thing.__name__}\n" in text, thing.__name__
+            # A function in a file of its name is hidden behind the file, and needs its own line.
+            elif getattr(thing, "__module__", "").endswith(f".{public}"):
+                assert f"::: {thing.__module__}.{public}\n" in text, f"{room}.{public}"
