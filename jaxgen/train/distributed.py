@@ -107,7 +107,7 @@ def initialize(
         (_check_free if process == 0 else _probe)(host.strip("[]"), int(port), timeout)
     # Its C++ handler would swallow SIGTERM; the loop has its own.
     jax.config.update("jax_enable_preemption_service", False)
-    if jax.config.jax_cpu_collectives_implementation is None:
+    if jax.config.jax_cpu_collectives_implementation is None:  # type: ignore[attr-defined]
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(

@@ -65,6 +65,13 @@ def bits(state):
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
+def leaves(state):
+    """The leaves that are not empty."""
+    import jax
+
+    return [leaf for leaf in jax.tree.leaves(state) if leaf.size]
+
+
 def batches(pause=0.0, seen=None, size=16, process=0, processes=1):
     """The moons' batches for one process; ``seen`` gathers the examples it was given."""
     import numpy as np
@@ -99,8 +106,9 @@ def run(
     report_every=10,
     timeout=60.0,
     config=None,
+    check=None,
 ):
-    """Meet, train, and let process 0 write what came out."""
+    """Meet, train, and let process 0 write what came out; ``check`` holds what was saved before."""
     import jax
     import numpy as np
 
@@ -119,6 +127,18 @@ def run(
     seen = []
     with contextlib.ExitStack() as stack:
         distributed.first(lambda: stack.enter_context(lock.hold(out)))
+        if check is not None:
+            found = train.restore(
+                out / "checkpoints",
+                jax.eval_shape(start),
+                sharding=meshes.state_shardings(jax.eval_shape(start), meshes.make_mesh(mesh)),
+                layout=layout,
+            )
+            parts = {leaf.addressable_data(0).size / leaf.size for leaf in leaves(found)}
+            assert parts == {0.5, 1.0}, parts
+            with np.load(check, allow_pickle=False) as file:
+                for a, name in zip(bits(meshes.gather(found)), file.files, strict=True):
+                    assert a.tobytes() == file[name].tobytes(), name
         state = train.fit(
             start(),
             step,
