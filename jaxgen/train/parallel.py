@@ -152,9 +152,11 @@ def over_batch(f: Callable[..., Any], mesh: Mesh, *, check_vma: bool = True) -> 
     True
     """
 
+    axes = _axes(mesh)
+
     def local(key: jax.Array, part: Any, shared: Any, size: int, n: int) -> Any:
         del n
-        with keys.part_of_batch(_axes(mesh), size):
+        with keys.part_of_batch(axes, size):
             out = f(key, size if part is None else part, *shared)
         for leaf in jax.tree.leaves(out):
             _check_result(leaf, size)
