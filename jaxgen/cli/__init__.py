@@ -26,6 +26,9 @@ COMMANDS = {
     "version": "versions and devices, for a bug report",
 }
 
+# What the command needs and the library does without.
+_EXTRAS = ("grain", "matplotlib", "sklearn", "tqdm", "tyro", "yaml")
+
 _HEAVY = ("train", "sample", "evaluate", "compare", "search", "inpaint", "restore", "distill")
 
 _EXAMPLES = """\
@@ -93,5 +96,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _ask_for_large_pages()
     from jaxgen.cli.errors import guarded
 
-    command = importlib.import_module(f"jaxgen.cli.{name}")
-    return guarded(f"jaxgen {name}", command.run, rest)
+    try:
+        command = importlib.import_module(f"jaxgen.cli.{name}")
+        return guarded(f"jaxgen {name}", command.run, rest)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _EXTRAS:
+            raise
+        print(
+            f'jaxgen {name}: {error.name} is not installed; pip install "jaxgen[run]"',
+            file=sys.stderr,
+        )
+        return 2

@@ -1,6 +1,7 @@
 """Flags by tyro, with its errors brought to one line."""
 
 import contextlib
+import dataclasses
 import io
 import re
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ def parse(
       CommandError: a flag or value that is not understood.
       SystemExit: help was asked for and printed.
     """
+    if not words and not dataclasses.fields(kind):  # type: ignore[arg-type]
+        return kind()
     import tyro
 
     said = io.StringIO()

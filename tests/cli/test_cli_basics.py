@@ -93,6 +93,16 @@ def test_version_names_versions_and_devices(capsys):
     assert jax.__version__ in said and said.count("device ") == jax.device_count()
 
 
+@pytest.mark.parametrize(("words", "code"), [(["systems"], 0), (["train", "--steps", "1"], 2)])
+def test_without_the_extra(words, code):
+    lacking = "import sys; sys.modules['tyro'] = None; from jaxgen.cli import main"
+    line = [sys.executable, "-c", f"{lacking}; sys.exit(main({words}))"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == code, done.stderr
+    if code:
+        assert len(done.stderr.splitlines()) == 1 and 'pip install "jaxgen[run]"' in done.stderr
+
+
 def test_no_such_command(capsys):
     assert "no command 'trian'" in refused(capsys, "trian")
 
