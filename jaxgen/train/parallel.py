@@ -151,7 +151,6 @@ def over_batch(f: Callable[..., Any], mesh: Mesh, *, check_vma: bool = True) -> 
     >>> bool((x == keys.normal(jax.random.key(0), (3, 2))).all())
     True
     """
-
     axes = _axes(mesh)
 
     def local(key: jax.Array, part: Any, shared: Any, size: int, n: int) -> Any:
