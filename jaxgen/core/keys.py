@@ -26,6 +26,7 @@ __all__ = [
     "map_batch",
     "normal",
     "part_of_batch",
+    "places",
     "rademacher",
     "uniform",
 ]
@@ -50,6 +51,13 @@ def first_index(n: int) -> jax.Array | int:
     if _part.value is None or _part.value[1] != n:
         return 0
     return jax.lax.axis_index(_part.value[0]) * n
+
+
+def places(n: int) -> tuple[jax.Array, int]:
+    """Numbers ``(n,)`` of ``n`` examples within the whole batch, and how many that has."""
+    if _part.value is None or _part.value[1] != n:
+        return jnp.arange(n), n
+    return first_index(n) + jnp.arange(n), n * jax.lax.axis_size(_part.value[0])
 
 
 def check(key: Any) -> jax.Array:

@@ -94,7 +94,8 @@ def _levels(key: jax.Array, batch: tuple[int, ...], draws: str) -> tuple[jax.Arr
         return stratify(key_level, batch), key_mask
     u = keys.map_batch(jax.random.uniform, key_level, batch)
     if draws == "decoupled" and batch:
-        u = (u + jnp.arange(batch[0], dtype=u.dtype)) / batch[0]
+        place, n = keys.places(batch[0])
+        u = (u + place.astype(u.dtype)) / n
     return u, key_mask
 
 

@@ -82,8 +82,8 @@ TIMES = {
 def stratify(key: jax.Array, batch: tuple[int, ...]) -> jax.Array:
     """Uniform numbers ``(u + i/n) mod 1`` of shape ``batch``, one offset ``u`` from ``key``."""
     offset = jax.random.uniform(key)
-    n = math.prod(batch)
-    steps = jnp.arange(n, dtype=offset.dtype).reshape(batch) / n
+    place, n = keys.places(math.prod(batch))
+    steps = place.astype(offset.dtype).reshape(batch) / n
     return jnp.mod(left_broadcast(offset, steps) + steps, 1.0)
 
 

@@ -12,6 +12,8 @@ from jax.experimental import checkify
 from jaxgen.process.absorbing import absorbing
 from jaxgen.score import discrete
 from jaxgen.score.discrete import aoarm_nll, log_conditionals, radd_loss, radd_score
+from jaxgen.train.mesh import make_mesh
+from jaxgen.train.parallel import over_batch
 
 V, L = 3, 4
 JOINT = np.random.default_rng(3).dirichlet(np.full(V**L, 0.3)).reshape((V,) * L)
@@ -205,6 +207,14 @@ def test_decoupled_levels_keep_to_their_share():
     assert np.floor(np.asarray(u) * 10).tolist() == list(range(10))
     u, _ = discrete._levels(jax.random.key(0), (10,), "stratified")
     np.testing.assert_allclose(np.diff(np.sort(u)), 0.1, atol=1e-6)
+
+
+def test_decoupled_levels_of_a_batch_in_parts_are_those_of_the_whole(key):
+    def draw(key, n):
+        return discrete._levels(key, (n,), "decoupled")[0]
+
+    parts = over_batch(draw, make_mesh("data=8"))(key, 16)
+    np.testing.assert_allclose(parts, draw(key, 16), rtol=2**-22)
 
 
 def broken(x, value):

@@ -12,6 +12,8 @@ from scipy import stats
 from jaxgen import process, score
 from jaxgen.process import PROCESSES
 from jaxgen.score import TIMES, sample_times
+from jaxgen.train.mesh import make_mesh
+from jaxgen.train.parallel import over_batch
 
 
 def make(name):
@@ -91,3 +93,14 @@ def test_unknown_names_and_raw_keys_raise(key):
         score.sample_times(key, process.vp(), (2,), time="sobol")
     with pytest.raises(TypeError, match="typed key"):
         score.sample_times(jax.random.PRNGKey(0), process.vp(), (2,))
+
+
+def test_stratified_times_of_a_batch_in_parts_are_those_of_the_whole(key):
+    sde = process.vp()
+
+    def draw(key, n):
+        return sample_times(key, sde, (n,), time="stratified")[0]
+
+    # Positions are multiples of 1/16, so that only the last rounding may differ.
+    parts = over_batch(draw, make_mesh("data=8"))(key, 16)
+    np.testing.assert_allclose(parts, draw(key, 16), rtol=2**-22)

@@ -250,6 +250,8 @@ class Experiment:
             clip=config.clip if self.sharing is None else None,
             accumulate=config.accumulate,
             dtype=None if config.precision == "float32" else jnp.dtype(config.precision),
+            # Dropout draws for the batch as a whole, and the penalty is a mean over it.
+            per_example=config.dropout == 0 and config.fokker_planck is None,
         )
 
     def state(self) -> TrainState:
