@@ -14,7 +14,8 @@ __all__ = ["main"]
 
 COMMANDS = {
     "train": "train a generator on a data set or a text, measure it, draw it; go on with a run",
-    "plan": "print how a network would lie in a pool of a given size; train nothing",
+    "plan": "what a run would hold: a pool, or each chip of a TPU slice, its time too; train nothing",
+    "profile": "where the time and the memory of a training step go",
     "sample": "draw samples from a trained run",
     "evaluate": "measure a trained run again, with other counts or another solver",
     "compare": "draw solvers of a trained run side by side: quality against evaluations",
@@ -29,7 +30,17 @@ COMMANDS = {
 # What the command needs and the library does without.
 _EXTRAS = ("grain", "matplotlib", "sklearn", "tqdm", "tyro", "yaml")
 
-_HEAVY = ("train", "sample", "evaluate", "compare", "search", "inpaint", "restore", "distill")
+_HEAVY = (
+    "train",
+    "sample",
+    "evaluate",
+    "compare",
+    "search",
+    "inpaint",
+    "restore",
+    "distill",
+    "profile",
+)
 
 _EXAMPLES = """\
   jaxgen train                                  handwritten digits in a few minutes on a laptop
@@ -39,6 +50,7 @@ _EXAMPLES = """\
   jaxgen sample runs/digits-vp --n 64           new digits from the run's checkpoint
   jaxgen compare runs/digits-vp                 which solver, at how many evaluations
   jaxgen restore runs/digits-vp --task inpaint  half of the pixels, and the image they came from
+  jaxgen plan runs/digits-vp --topology v5e:4x4 what sixteen chips would do, without one of them
   jaxgen distill runs/digits-vp --steps 1       a smaller network that needs one evaluation
   jaxgen train --help                           every setting, with its default"""
 
@@ -78,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0 done; 1 training diverged; 2 it could not be done, with one line on standard
-      error that says what to do; 130 or 143 stopped by SIGINT or SIGTERM.
+      error that says what to do; 75 another process of a distributed run has gone, and the same
+      command goes on; 130 or 143 stopped by SIGINT or SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):

@@ -1,4 +1,4 @@
-"""Training: a state, a step, a loop, checkpoints that prove themselves, and data parallelism.
+"""Training: a state, a step, a loop, checkpoints that prove themselves, and many devices.
 
 >>> from jaxgen import train                                              # doctest: +SKIP
 >>> state = train.TrainState.create(key, params, optimizer)               # doctest: +SKIP
@@ -26,11 +26,33 @@ from jaxgen.train.manifest import (
     read_manifest,
     saved_steps,
 )
-from jaxgen.train.mesh import batch_sharding, data_mesh, replicate, replicated, shard_batch
+from jaxgen.train.mesh import (
+    RULES,
+    Rules,
+    batch_sharding,
+    data_mesh,
+    gather,
+    make_mesh,
+    parse_rules,
+    place,
+    replicate,
+    replicated,
+    shard_batch,
+    state_shardings,
+)
+from jaxgen.train.parallel import (
+    local_step,
+    mean_over_batch,
+    over_batch,
+    pmap_step,
+    shard_map_step,
+)
 from jaxgen.train.state import TrainState
-from jaxgen.train.step import Metrics, make_train_step
+from jaxgen.train.step import Metrics, Step, make_train_step
+from jaxgen.train.step_plan import StepPlan, describe_plan, plan_step
 
 __all__ = [
+    "RULES",
     "CheckpointDamaged",
     "CheckpointError",
     "CheckpointExists",
@@ -41,13 +63,26 @@ __all__ = [
     "Diverged",
     "Interrupted",
     "Metrics",
+    "Rules",
     "Saver",
+    "Step",
+    "StepPlan",
     "TrainState",
     "batch_sharding",
     "data_mesh",
+    "describe_plan",
     "fit",
+    "gather",
     "latest_valid",
+    "local_step",
+    "make_mesh",
     "make_train_step",
+    "mean_over_batch",
+    "over_batch",
+    "parse_rules",
+    "place",
+    "plan_step",
+    "pmap_step",
     "read_layout",
     "read_layouts",
     "read_manifest",
@@ -57,6 +92,8 @@ __all__ = [
     "save",
     "saved_steps",
     "shard_batch",
+    "shard_map_step",
+    "state_shardings",
 ]
 
 
