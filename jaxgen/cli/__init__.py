@@ -14,7 +14,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "train": "train a generator on a data set or a text, measure it, draw it; go on with a run",
-    "plan": "what a run would hold: a pool, or each chip of a TPU slice, its time too; train nothing",
+    "plan": "what a run would hold: a pool, or each chip of a TPU slice; train nothing",
     "profile": "where the time and the memory of a training step go",
     "sample": "draw samples from a trained run",
     "evaluate": "measure a trained run again, with other counts or another solver",
