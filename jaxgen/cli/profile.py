@@ -145,16 +145,18 @@ def _text(summary: Mapping[str, Any]) -> str:
     where = summary["device"] + (
         "" if mesh is None else f", mesh {','.join(f'{k}={v}' for k, v in mesh.items())}"
     )
-    total = seconds["to the first step"]
-    parts = ", ".join(f"{k} {v:.2f}" for k, v in seconds.items() if k != "to the first step")
+    total = seconds["to_first_step"]
+    parts = ", ".join(
+        f"{k.replace('_', ' ')} {v:.2f}" for k, v in seconds.items() if k != "to_first_step"
+    )
     flops = summary["flops_per_step"]
     rows = [
         ("what", f"{summary['network']} of {summary['parameters']:,} parameters, "
                  f"{summary['data']}, batches of {summary['batch_size']}"),
         ("where", f"{where}; jax {summary['jax']}"),
         ("to the first step", f"{total:.2f} s ({parts})"),
-        ("step", f"{step['median']:.4g} ms (10 to 90 %: {step['10 %']:.4g} to "
-                 f"{step['90 %']:.4g}; traced {step['traced']:.4g})"),
+        ("step", f"{step['median']:.4g} ms (10 to 90 %: {step['p10']:.4g} to "
+                 f"{step['p90']:.4g}; traced {step['traced']:.4g})"),
         ("rate", f"{summary['examples_per_second']:.5g} examples/s"),
         ("waiting for input", f"{100 * summary['input_wait_share']:.2f} % of the time"),
         ("device at work", _share(summary["device_busy_share"])),

@@ -79,7 +79,8 @@ class UNet(nn.Module):
         groups: groups of the norms at most.
         dtype: dtype of the computation, None for that of ``x``; parameters are float32.
         remat: keep of each block its input only, and work the rest out again in the backward pass:
-            less memory for a third more arithmetic. Parameters and results are the same.
+            less memory for up to a third more arithmetic, on accelerators (XLA's CPU compiler
+            saves nothing). Parameters and results are the same.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -127,11 +127,11 @@ def profile_run(
     reader = datasets.batches(experiment.train, config.batch_size, seed=config.seed)
     source = timed("reader", lambda: reader(0))
     with Feed(source, put, owns_source=True) as feed:
-        batch = timed("first batch", lambda: next(feed))
+        batch = timed("first_batch", lambda: next(feed))
         lowered = timed("trace", lambda: step.lower(state, batch))
         compiled = timed("compile", lowered.compile)
-        state, metrics = timed("first run", lambda: compiled(state, batch))
-        seconds["to the first step"] = sum(seconds.values())
+        state, metrics = timed("first_run", lambda: compiled(state, batch))
+        seconds["to_first_step"] = sum(seconds.values())
         ahead = _steps_ahead(metrics)
 
         state, *_ = _take(compiled, state, feed, _WARM_UP, ahead)
@@ -160,8 +160,8 @@ def profile_run(
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "step_ms": {
             "median": round(1e3 * median, 4),
-            "10 %": round(1e3 * float(np.quantile(taken, 0.1)), 4),
-            "90 %": round(1e3 * float(np.quantile(taken, 0.9)), 4),
+            "p10": round(1e3 * float(np.quantile(taken, 0.1)), 4),
+            "p90": round(1e3 * float(np.quantile(taken, 0.9)), 4),
             "traced": round(1e3 * float(np.median(traced)), 4),
         },
         "examples_per_second": round(config.batch_size / median, 2),
@@ -389,4 +389,4 @@ def _memory(compiled: Any, state: Any, device: jax.Device) -> dict[str, int]:
         ),
     }
     used = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    return memory | ({} if used is None else {"measured peak": used})
+    return memory | ({} if used is None else {"measured_peak": used})

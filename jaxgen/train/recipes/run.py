@@ -370,7 +370,7 @@ def measure(run: Run, *, say: Say = lambda line: None) -> tuple[dict[str, Any], 
     pictures.draw_curves(out / "curves.png", lines)
     seconds = {
         "training": lines[-1]["wall_seconds"] if lines else None,
-        "waiting for input": round(math.fsum(x.get("input_wait_seconds", 0.0) for x in lines), 3),
+        "input_wait": round(math.fsum(x.get("input_wait_seconds", 0.0) for x in lines), 3),
         "first_step": next(
             (n["first_step_seconds"] for n in reversed(lines) if "first_step_seconds" in n), None
         ),
