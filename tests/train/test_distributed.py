@@ -20,7 +20,7 @@ import pytest
 from jaxgen import train
 from jaxgen.train import distributed
 
-STEPS, LONG = 100, 300
+STEPS, LONG = 100, 320
 ROOT = Path(train.__file__).parents[2]
 FLAGS = "--xla_backend_optimization_level=0"
 
@@ -136,14 +136,32 @@ def test_two_and_four_processes_are_one_run(uninterrupted, tmp_path, reference):
     np.testing.assert_allclose(end(tmp_path)[-1], drawn, rtol=0, atol=bound)
 
 
-def stop_one(out, rng, *, steps, how):
-    """Start two and stop one at a random moment after its first report; what the other did."""
+def folders(out):
+    """The finished steps, and the step folders of saves under way."""
+    names = [p for p in (out / "checkpoints").glob("step_*") if not (p / "manifest.json").exists()]
+    return train.saved_steps(out / "checkpoints"), {p.name for p in names}
+
+
+def await_a_save(out, process):
+    """Wait until another step has been saved, and the save after it has begun."""
+    before = folders(out)[0]
+    while process.poll() is None:
+        saved, under_way = folders(out)
+        if saved[-1:] != before[-1:] and any(int(n[5:]) > saved[-1] for n in under_way):
+            return
+        time.sleep(0.001)
+
+
+def stop_one(out, rng, *, steps, how, when):
+    """Start two and stop one in a save or after its first report; what the other did."""
     started = launch(2, out, steps=steps, pause=0.01)
     victim = rng.randrange(2)
     other = started[1 - victim]
     pid = int(after(started[victim], "pid"))
     after(started[victim], "step")
-    time.sleep(rng.uniform(0, 0.25))
+    if when == "save":
+        await_a_save(out, started[victim])
+    time.sleep(rng.uniform(0, 0.05 if when == "save" else 0.3))
     if how == "signal":
         started[victim].send_signal(signal.SIGTERM)
     else:
@@ -176,10 +194,11 @@ def stop_one(out, rng, *, steps, how):
 
 def check_kills(out, alone, hows, *, steps, seed):
     rng, found = random.Random(seed), []
-    for how in hows:
-        found.append(stop_one(out, rng, steps=steps, how=how))
+    for i, how in enumerate(hows):
+        when = "any time" if i % 2 else "save"
+        found.append(stop_one(out, rng, steps=steps, how=how, when=when))
     reached = [newest for _, newest in found]
-    assert reached == sorted(reached) and reached[-1] < steps
+    assert reached == sorted(reached) and reached[0] > 0 and reached[-1] < steps
     finish(launch(2, out, steps=steps))
     for a, b in zip(end(out), end(alone), strict=True):
         assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
