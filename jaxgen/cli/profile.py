@@ -167,7 +167,7 @@ def _text(summary: Mapping[str, Any]) -> str:
                        f"{flops / 1e9:.4g} GFLOP a step, "
                        f"{summary['flops_per_second'] / 1e9:.4g} GFLOP/s a device"),
     ]  # fmt: skip
-    lines = [f"{name:<19}{text}" for name, text in rows]
+    lines, traced = [f"{name:<19}{text}" for name, text in rows], summary["traced_steps"]
     if summary["layers"]:
         lines.append(f"\n{'share':>6}  layer")
     for each in summary["layers"][:_ROWS]:
@@ -176,8 +176,8 @@ def _text(summary: Mapping[str, Any]) -> str:
         lines.append(f"\n{'ms a step':>9} {'share':>6} {'calls':>6}  operation")
     for each in summary["operations"][:_ROWS]:
         lines.append(
-            f"{1e3 * each['seconds'] / summary['steps']:>9.3f} {100 * each['share']:>5.1f}% "
-            f"{each['calls'] / summary['steps']:>6.3g}  {each['name']}"
+            f"{1e3 * each['seconds'] / traced:>9.3f} {100 * each['share']:>5.1f}% "
+            f"{each['calls'] / traced:>6.3g}  {each['name']}"
             + (f": {each['source']}" if each["source"] else "")
         )
     return "\n".join(lines)

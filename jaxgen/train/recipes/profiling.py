@@ -143,6 +143,7 @@ def profile_run(
     spans = read_spans(_newest(out))
     text = compiled.as_text()
     found = operations(spans, _sources(text))
+    mean = float(np.mean(taken))
     network, median = type(experiment.net).__name__, float(np.median(taken))
     layers = _layers(found, network)
     flops = _flops(compiled, text)
@@ -154,6 +155,7 @@ def profile_run(
         "parameters": experiment.parameters(),
         "batch_size": config.batch_size,
         "steps": steps,
+        "traced_steps": steps + ahead,
         "device": f"{devices[0].device_kind} x {len(devices)}",
         "mesh": None if mesh is None else dict(mesh.shape),
         "jax": jax.__version__,
@@ -164,12 +166,12 @@ def profile_run(
             "p90": round(1e3 * float(np.quantile(taken, 0.9)), 4),
             "traced": round(1e3 * float(np.median(traced)), 4),
         },
-        "examples_per_second": round(config.batch_size / median, 2),
+        "examples_per_second": round(config.batch_size / mean, 2),
         "input_wait_share": round(waited / sum(taken), 5),
         "device_busy_share": _busy_share(spans, len(devices)),
         "memory": _memory(compiled, state, devices[0]),
         "flops_per_step": flops,
-        "flops_per_second": None if flops is None else round(flops / median),
+        "flops_per_second": None if flops is None else round(flops / mean),
         "layers": layers,
         "operations": [dataclasses.asdict(each) for each in found[:_SHOWN]],
         "trace": str(_newest(out)),
@@ -191,28 +193,30 @@ def profile_run(
 def _take(
     step: Callable[..., Any], state: Any, feed: Feed, steps: int, ahead: int
 ) -> tuple[Any, list[float], float]:
-    """The state, seconds from each step's end to the next's, seconds waited for input."""
+    """The state, the seconds of ``steps`` steps, the seconds waited for input among them.
+
+    As in training ``ahead`` steps are in flight, and so many more are taken before the clock
+    starts: a round of the loop then lasts as long as a step, whichever the host waits for.
+    """
     jax.block_until_ready(state)
     running: deque[Any] = deque()
-    ends = [time.perf_counter()]
-    feed.take_waited()
-
-    def finish() -> None:
-        running.popleft().block_until_ready()
-        ends.append(time.perf_counter())
-
-    for number in range(steps):
+    ends: list[float] = []
+    for number in range(ahead + steps):
+        if number == ahead:
+            feed.take_waited()
+            ends.append(time.perf_counter())
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             batch = next(feed)
             state, metrics = step(state, batch)
             with jax.profiler.TraceAnnotation("read and place batches"):
                 feed.fill(metrics.loss)
             running.append(metrics.loss)
-            if len(running) > ahead:
-                finish()
-    while running:
-        finish()
-    return state, np.diff(ends).tolist(), feed.take_waited()
+            if number >= ahead:
+                running.popleft().block_until_ready()
+                ends.append(time.perf_counter())
+    waited = feed.take_waited()
+    jax.block_until_ready(state)
+    return state, np.diff(ends).tolist(), waited
 
 
 def _trace(out: Path) -> Any:
