@@ -45,5 +45,5 @@ def test_blackjax_finds_the_masses_of_modes(capsys):
 def test_a_shared_layer_in_an_nnx_model(capsys):
     dense, shared = load("shared_layer_nnx").main(steps=40)
     assert dense[1] == 301_066 and shared[1] == 20_900
-    assert dense[0] > 93 and shared[0] > 90
+    assert dense[0] > 90 and shared[0] > 90
     assert capsys.readouterr().out.count("parameters") == 2
