@@ -17,6 +17,7 @@ data position go on, so the next step sees other data and other noise.
 import dataclasses
 import functools
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,12 +64,21 @@ class Step:
     def __init__(self, parts: "Parts", per_example: bool):
         self._parts = parts
         self._per_example = per_example
-        self._last: tuple[list[Any], Any] = ([], None)
         self._made: dict[Any, Any] = {}
+        # The state given back last, where its batch lay, and what was run.
+        self._last: tuple[Callable[[], Any], list[Any], Any] = (lambda: None, [], None)
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Take a step; the state it is called with is deleted."""
-        return self._jitted(state, batch)(state, batch)
+        returned, there, jitted = self._last
+        where = _shardings(batch)
+        # That state lies where it lay; a tree of a thousand leaves takes longer to look through
+        # than a small step.
+        if returned() is not state or there != where:
+            jitted = self._jitted(state, batch)
+        out: tuple[TrainState, Metrics] = jitted(state, batch)
+        self._last = (weakref.ref(out[0]), where, jitted)
+        return out
 
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
         """``jax.jit(...).lower`` of the step, for arrays or ``ShapeDtypeStruct``s."""
@@ -78,18 +88,12 @@ class Step:
         return sum(jitted._cache_size() for jitted in self._made.values())
 
     def _jitted(self, state: TrainState, batch: Any) -> Any:
-        leaves, structure = jax.tree.flatten(state)
-        where = [getattr(leaf, "sharding", None) for leaf in leaves]
-        where += [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(batch)]
-        # The state of the step before holds the very same objects, which are not looked into.
-        if not self._made or where != self._last[0]:
-            mesh = _mesh_of(where)
-            specs = None if mesh is None else tuple(map(_spec_of, where[: len(leaves)]))
-            key = (mesh, specs, structure)
-            if key not in self._made:
-                self._made[key] = self._jit(mesh, specs, structure)
-            self._last = (where, self._made[key])
-        return self._last[1]
+        where, structure = _shardings(state), jax.tree.structure(state)
+        mesh = _mesh_of(where + _shardings(batch))
+        key = (None,) * 3 if mesh is None else (mesh, tuple(map(_spec_of, where)), structure)
+        if key not in self._made:
+            self._made[key] = self._jit(*key)
+        return self._made[key]
 
     def _jit(self, mesh: Mesh | None, specs: Any, structure: Any) -> Any:
         if mesh is None:
@@ -106,6 +110,10 @@ class Step:
             donate_argnums=0,
             out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         )
+
+
+def _shardings(tree: Any) -> list[Any]:
+    return [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
 
 
 def _mesh_of(where: list[Any]) -> Mesh | None:
