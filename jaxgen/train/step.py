@@ -168,8 +168,9 @@ def make_train_step(
         ``loss_fn`` then gets each device's part of the batch by itself, inside ``shard_map`` with
         its check on (so no ``diffeqsolve`` in the loss), and the gradients of the parts are
         summed in float32. Without the promise ``loss_fn`` sees the whole batch, and XLA sums in
-        the dtype in which the network computes: on TPUs in bfloat16 for a bfloat16 network. A
-        loss that breaks the promise gives each device the same noise, and no error.
+        the dtype in which the network computes: on TPUs in bfloat16 for a bfloat16 network; and
+        on Explicit axes it must be a loss written for them. A loss that breaks the promise gives
+        each device the same noise, and no error.
 
     Returns:
       The jitted step. The state that it is called with is deleted: keep only the one returned.
