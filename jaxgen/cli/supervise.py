@@ -38,7 +38,7 @@ LOST = 75
 """Exit code: a process of the run has gone. EX_TEMPFAIL: the same command goes on."""
 
 _VARIABLE = "JAXGEN_WORKER"
-_GRACE = 20.0
+_GRACE = 10.0
 _STALL = 900.0
 # The runtime's last words before it aborts a worker because of another one.
 _FATAL = (

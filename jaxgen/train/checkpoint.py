@@ -149,12 +149,9 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        if kind is not None and jax.process_count() > 1:
-            # The others may never come to wait here.
-            if self._thread is not None:
-                self._thread.join()
-            self._thread = None
-        self.close()
+        # After an error the others may never come to where a save ends.
+        if kind is None or jax.process_count() == 1:
+            self.close()
 
 
 def save(

@@ -153,7 +153,7 @@ def _detected(
     if missing:
         raise DistributedError(
             "no cluster was found (SLURM, Open MPI, Kubernetes, Cloud TPU); give "
-            f"{' and '.join(missing)} too"
+            f"{', '.join(missing)}"
         )
     return found
 

@@ -32,6 +32,7 @@ from jaxgen.core import keys
 from jaxgen.score.flow import anneal_schedule
 from jaxgen.solve.reflow import Pairs, reflow_pairs, scaled_noise
 from jaxgen.train import data as datasets
+from jaxgen.train import lock
 from jaxgen.train.manifest import replace_text
 from jaxgen.train.recipes import pictures
 from jaxgen.train.recipes.classifier import train_judge
@@ -226,7 +227,7 @@ def prepare_distillation(folder: Path, config: DistillConfig) -> Distillation:
 
 def _check_folder(out: Path, about: dict[str, Any]) -> None:
     if not is_distilled(out):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or not lock.is_empty(out)):
             raise ConfigError(
                 f"{out} exists and holds no such work; choose another folder by --out"
             )
@@ -359,13 +360,15 @@ def distill_run(
 
     Raises:
       Interrupted, Diverged, CheckpointError, OSError: see ``train.fit``.
+      FolderBusy: another run is at work in the folder.
       ValueError: ``pairs/`` holds something else.
     """
     done = _finished(job)
     if done is not None:
         return done
-    made, seconds = train_students(job, progress=progress, say=say)
-    return _measure(job, made, seconds, say)
+    with lock.hold(job.out):
+        made, seconds = train_students(job, progress=progress, say=say)
+        return _measure(job, made, seconds, say)
 
 
 def train_students(
