@@ -225,6 +225,34 @@ def test_twenty_kills(tmp_path):
     print("seconds until the other stopped, and the step saved:", found)
 
 
+@pytest.mark.slow
+def test_a_process_that_stands_still_counts_as_gone(tmp_path):
+    started = launch(2, tmp_path, steps=100_000, pause=0.01)
+    pid = int(after(started[1], "pid"))
+    after(started[1], "step")
+    os.kill(pid, signal.SIGSTOP)
+    start = time.monotonic()
+    try:
+        said = started[0].communicate(timeout=90)[1]
+        seconds = time.monotonic() - start
+    finally:
+        # Its worker dies with it, standing still or not.
+        for process in started:
+            process.kill()
+    assert started[0].returncode == 75 and "a process of the run has gone" in said
+    assert said.count("\n") == 1
+    # Thirty seconds without a sign of life, and what it takes to notice.
+    assert 20 < seconds < 60
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_come(tmp_path):
+    (first, other) = launch(2, tmp_path / "run", timeout=5)
+    other.kill()
+    (said,) = finish([first], 2)
+    assert "not all processes of the run came together" in said and said.count("\n") == 1
+
+
 def test_different_configurations_are_refused(tmp_path):
     configs = ({"lr": 0.1, "width": 8}, {"lr": 0.2, "width": 8})
     said = finish(launch(2, tmp_path / "run", config=configs), 2)
