@@ -159,7 +159,7 @@ ROWS = {
     ("row", "words", "kind", "n"),
     [
         ("ancestral", "data=4,fsdp=2", "auto", 13),
-        ("dpmpp_2m", "data=8", "explicit", 16),
+        pytest.param("dpmpp_2m", "data=8", "explicit", 16, marks=pytest.mark.slow),
         pytest.param("dpmpp_2m", "fsdp=8", "auto", 1, marks=pytest.mark.slow),
         pytest.param("ancestral", "data=8", "explicit", 13, marks=pytest.mark.slow),
     ],
@@ -190,8 +190,7 @@ def test_log_likelihoods_are_those_of_one_device(key):
     np.testing.assert_allclose(found, FIELD.log_prob(x, SDE.t_min), atol=0.02)
 
 
-@pytest.mark.parametrize("n", [1, 5, 16])
-@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize(("n", "kind"), [(1, "auto"), (5, "explicit"), (16, "auto")])
 def test_means_leave_the_padding_out(key, n, kind):
     x = np.random.default_rng(0).normal(size=(n, 2)).astype(np.float32) + 100
 
