@@ -46,8 +46,8 @@ def create():
     return train.TrainState.create(jax.random.key(0), params, ADAM)
 
 
-def plan_on(words, accumulate=1):
-    step = train.make_train_step(loss_fn, ADAM, accumulate=accumulate)
+def plan_on(words, **options):
+    step = train.make_train_step(loss_fn, ADAM, **options)
     return plan_step(step, jax.eval_shape(create), BATCH, meshes.make_mesh(words))
 
 
@@ -79,8 +79,10 @@ def test_flops_of_a_two_layer_network_are_the_hand_count(data8):
 
 
 def test_a_loop_counts_as_often_as_it_runs(data8):
-    four = plan_on("data=8", accumulate=4)
+    four = plan_on("data=8", accumulate=4, per_example=True)
     assert four.matmul_flops == data8.matmul_flops
+    # The gradient leaves the loop before it is exchanged.
+    assert sum(each.bytes for each in four.collectives) == 4 * WEIGHTS + 4
     assert 0.8 * data8.flops < four.flops < 1.5 * data8.flops
 
 
@@ -303,11 +305,11 @@ def test_the_largest_batch_is_found_in_a_few_compilations(peak, start):
         return fake(n, peak(n))
 
     best, compiles = largest_batch(plan_at, fake(start, peak(start)), 8)
-    assert compiles == len(asked) <= 12 and len(set(asked)) == len(asked)
+    assert compiles == len(asked) < 12 and len(set(asked)) == len(asked)
     assert all(n % 8 == 0 for n in asked)
     assert peak(best.batch) <= 10**9
     above = best.batch + best.batch // 8 + 8
-    assert peak(above) > 10**9 or compiles == 12
+    assert peak(above) > 10**9
 
 
 def test_no_batch_fits_or_none_is_known():
