@@ -319,6 +319,12 @@ def _plan(request: Mapping[str, Any], say: Say) -> RunPlan:
     mesh = meshes.make_mesh(request["mesh"], topology_devices(where, say=say))
     rules = meshes.parse_rules(request["rules"])
     resolved = experiment.config
+    shards = math.prod(mesh.shape[name] for name in meshes.batch_axes(mesh))
+    if resolved.batch_size % shards:
+        raise ConfigError(
+            f"the batch of {resolved.batch_size} does not divide over the {shards} parts of the "
+            "mesh; choose another --batch-size or another --mesh"
+        )
     options: dict[str, Any] = {"rules": rules, "chip": where.chip}
     wait = "" if where.chip is None else ", which takes a minute or so"
 
@@ -332,7 +338,5 @@ def _plan(request: Mapping[str, Any], say: Say) -> RunPlan:
         say(f"compiling the sampler for {where.name}{wait}")
         sampler = plan_sampler(experiment, mesh, **options)
     if request["largest"]:
-        shards = [mesh.shape[name] for name in meshes.batch_axes(mesh)]
-        multiple = math.prod(shards) * resolved.accumulate
-        best, compiles = largest_batch(step_at, step, multiple)
+        best, compiles = largest_batch(step_at, step, shards * resolved.accumulate)
     return RunPlan(step, sampler, best, compiles)
