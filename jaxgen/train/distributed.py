@@ -230,7 +230,7 @@ def join_errors(error: BaseException | None) -> None:
     """Raise in every process if one has an error; every process must call it.
 
     Raises:
-      ``error`` itself where there is one, and elsewhere DistributedError with its text.
+      DistributedError: with the text of another process' error; ``error`` itself is raised here.
     """
     if jax.process_count() == 1:
         if error is not None:
@@ -248,7 +248,7 @@ def everywhere(action: Callable[[], T]) -> T:
     """``action()`` of every process; if it fails in one, it fails in all.
 
     Raises:
-      what ``action`` raised, and DistributedError in the processes where it went well.
+      DistributedError: where it went well; elsewhere what ``action`` raised comes out.
     """
     if jax.process_count() == 1:
         return action()
