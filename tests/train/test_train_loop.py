@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from jaxgen import train
+from jaxgen.train.signals import Signals
 
 N = 4
 OPTIMIZER = optax.adam(1e-2)
@@ -301,3 +302,38 @@ def test_waiting_for_input_is_told(tmp_path):
     # first batch and the two read beside the first step do not count.
     waited = sum(line["input_wait_seconds"] for line in lines)
     assert 0.02 * 8 <= waited <= lines[-1]["wall_seconds"]
+
+
+def test_nothing_is_transferred_within_a_compiled_step():
+    def leaky(state, batch):
+        # A host's array that slips into the step goes to the device at each one.
+        return STEP(state, batch * np.float32([1, 1, 1])[None])
+
+    leaky.lower = None
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        fit_with(leaky, 3)
+    del leaky.lower
+    # A step that is not compiled as a whole may do what it likes.
+    assert int(fit_with(leaky, 3).step) == 3
+
+
+def fit_with(step, steps):
+    return train.fit(start(), step, batches, steps, progress=False)
+
+
+def test_the_first_line_tells_the_time_to_the_first_step(tmp_path):
+    fit(8, tmp_path)
+    fit(16, tmp_path)
+    told = ["first_step_seconds" in line for line in lines(tmp_path)]
+    assert told == [True, False, True, False]
+    assert 0 < lines(tmp_path)[0]["first_step_seconds"] < 60
+
+
+def test_a_signal_that_comes_twice_at_once_is_one():
+    with Signals(grace=10.0) as signals:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert (signals.received, signals.number) == ("SIGTERM", int(signal.SIGTERM))
+        # Another one is a second wish, and acts.
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
