@@ -13,7 +13,7 @@ from collections.abc import Sequence
 __all__ = ["main"]
 
 COMMANDS = {
-    "train": "train a generator on a data set or a text, measure it, draw it; go on with a run",
+    "train": "train a generator on one device or many hosts, measure it, draw it; go on with a run",
     "plan": "what a run would hold: a pool, or each chip of a TPU slice; train nothing",
     "profile": "where the time and the memory of a training step go",
     "sample": "draw samples from a trained run",
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0 done; 1 training diverged; 2 it could not be done, with one line on standard
       error that says what to do; 75 another process of a distributed run has gone, and the same
-      command goes on; 130 or 143 stopped by SIGINT or SIGTERM.
+      command goes on; 130 or 143 stopped by SIGINT or SIGTERM, 137 the worker of one was killed.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):

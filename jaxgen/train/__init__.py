@@ -12,7 +12,10 @@ import importlib
 from typing import Any
 
 from jaxgen.train.checkpoint import Saver, restore, save
+from jaxgen.train.distributed import DistributedError
+from jaxgen.train.feed import Feed
 from jaxgen.train.layouts import read_layout, read_layouts
+from jaxgen.train.lock import FolderBusy
 from jaxgen.train.loop import Diverged, Interrupted, fit
 from jaxgen.train.manifest import (
     CheckpointDamaged,
@@ -60,7 +63,10 @@ __all__ = [
     "CheckpointMismatch",
     "CheckpointMissing",
     "CheckpointTruncated",
+    "DistributedError",
     "Diverged",
+    "Feed",
+    "FolderBusy",
     "Interrupted",
     "Metrics",
     "Rules",
