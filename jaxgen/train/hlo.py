@@ -76,8 +76,8 @@ class Counts:
 
     Attributes:
       collectives: those that are there, in the order of ``COLLECTIVES``.
-      matmul_flops: of ``dot`` and ``convolution``, two for each multiplication and addition; a
-        convolution's padding counts as if it were data.
+      matmul_flops: of ``dot`` and ``convolution``, two for each multiplication and addition; none
+        for a convolution's padding, nor for the zeros between what it spreads out.
       flops_in_loops: how many times more FLOPs there are, those of elements and sums included, than
         with every loop's body counted once.
       bytes_in_loops: likewise, of the bytes that operations read and write.
@@ -268,13 +268,11 @@ class _Program:
     def _product_flops(self, where: str, op: _Op) -> int:
         out = math.prod(next(_dims(op.shape)))
         left, right = (next(_dims(self._shape(where, name))) for name in op.operands[:2])
-        if op.opcode == "dot":
-            found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
-            axes = [int(axis) for axis in found[1].split(",") if axis] if found else []
-            return 2 * out * math.prod(left[axis] for axis in axes)
-        found = re.search(r"dim_labels=\w+_(\w+)->", op.rest)
-        features = right[found[1].index("o")] if found else 1
-        return 2 * out * math.prod(right) // max(features, 1)
+        if op.opcode == "convolution":
+            return _convolution_flops(op, left, right)
+        found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
+        axes = [int(axis) for axis in found[1].split(",") if axis] if found else []
+        return 2 * out * math.prod(left[axis] for axis in axes)
 
     # --- how often a loop runs ------------------------------------------------------------------
 
@@ -347,6 +345,41 @@ class _Program:
         added = [ops[name] for name in op.operands if name in ops]
         steps = [int(each.inside) for each in added if each.opcode == "constant"]
         return steps[0] if len(steps) == 1 else None
+
+
+def _convolution_flops(op: _Op, left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
+    if labels is None:
+        return 0
+    data, kernel, result = labels[1], labels[2], labels[3]
+    out = next(_dims(op.shape))
+    # For each result and feature of the data that a group has; groups need no more than that.
+    flops = 2 * out[result.index("b")] * out[result.index("f")] * right[kernel.index("i")]
+    window = re.search(r"window=\{([^}]*)\}", op.rest)
+    fields = dict(part.split("=") for part in window[1].split()) if window else {}
+    for axis in range(len(out) - 2):
+
+        def field(name: str, default: str, axis: int = axis) -> str:
+            return fields[name].split("x")[axis] if name in fields else default
+
+        flops *= _met(
+            left[data.index(str(axis))],
+            right[kernel.index(str(axis))],
+            out[result.index(str(axis))],
+            stride=int(field("stride", "1")),
+            before=int(field("pad", "0_0").split("_")[0]),
+            spread=int(field("lhs_dilate", "1")),
+            apart=int(field("rhs_dilate", "1")),
+        )
+    return flops
+
+
+def _met(
+    data: int, kernel: int, out: int, *, stride: int, before: int, spread: int, apart: int
+) -> int:
+    """How often an element of the kernel meets one of the data along an axis, over all results."""
+    places = (i * stride - before + k * apart for i in range(out) for k in range(kernel))
+    return sum(place % spread == 0 and 0 <= place // spread < data for place in places)
 
 
 def _share_sent(kind: str, group: int) -> float:

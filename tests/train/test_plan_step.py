@@ -86,6 +86,44 @@ def test_a_loop_counts_as_often_as_it_runs(data8):
     assert 0.8 * data8.flops < four.flops < 1.5 * data8.flops
 
 
+@pytest.mark.parametrize(
+    ("groups", "padding", "stride", "spread", "apart", "pairs"),
+    [
+        # Of 6 places: 6 x 3 pairs less those that meet the padding, one at either end.
+        (1, (1, 1), 1, 1, 1, 16),
+        (4, (1, 1), 1, 1, 1, 16),
+        # 0, 2, 4, with a last element of padding.
+        (1, (0, 1), 2, 1, 1, 8),
+        # Zeros between: places 0 to 10 of data at 0, 2, ..., 10; 6 meet one, 5 meet two.
+        (1, (1, 1), 1, 2, 1, 16),
+        (1, (2, 2), 1, 1, 2, 14),
+    ],
+)
+def test_flops_of_convolutions_are_the_hand_count(groups, padding, stride, spread, apart, pairs):
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            (padding, padding),
+            lhs_dilation=(spread, spread),
+            rhs_dilation=(apart, apart),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in ((2, 6, 6, 16), (3, 3, 16 // groups, 32))
+    ]
+    gradient = jax.jit(jax.grad(lambda *args: jnp.sum(convolve(*args) ** 2), argnums=(0, 1)))
+    hand = 2 * 2 * (16 // groups) * 32 * pairs**2
+    forward = read_hlo(jax.jit(convolve).lower(*shapes).compile().as_text())
+    assert forward.matmul_flops == hand
+    # The two of the gradient meet the same pairs.
+    assert read_hlo(gradient.lower(*shapes).compile().as_text()).matmul_flops == 3 * hand
+
+
 def test_data_parallelism_exchanges_the_gradient_once(data8):
     (only,) = data8.collectives
     assert only.kind == "all-reduce"
