@@ -194,7 +194,8 @@ def parse_rules(words: Sequence[str]) -> Rules:
 
 
 def _parse_rule(word: str) -> Rule:
-    pattern, equals, placement = word.strip().rpartition("=")
+    pattern, equals, placement = word.rpartition("=")
+    pattern, placement = pattern.strip(), placement.strip()
     if not equals or not pattern or not placement:
         raise ValueError(
             f"rule {word!r} is not PATTERN=PLACEMENT; expected such as 'kernel=-,fsdp', "
@@ -211,7 +212,9 @@ def _parse_rule(word: str) -> Rule:
     names = [part.strip() for part in parts]
     axes = tuple(() if name == "-" else tuple(name.split("+")) for name in names)
     flat = [name for names in axes for name in names]
-    if not all(re.fullmatch(_NAME, name) for name in flat) or (largest and len(flat) != 1):
+    if not all(re.fullmatch(_NAME, name) for name in flat) or (
+        largest and not len(axes) == len(flat) == 1
+    ):
         raise ValueError(
             f"rule {word!r} names no mesh axis in {placement!r}; expected 'replicate', "
             "'largest:AXIS', or a mesh axis (or '-', or 'a+b') for each array axis: '-,fsdp'"
@@ -322,7 +325,8 @@ def place(tree: Any, mesh: Mesh, rules: Rules | Sequence[str] = RULES) -> Any:
     """Put every leaf where the rules say (``state_shardings``).
 
     With several processes each passes the same values, and gets an array over all of them; leaves
-    that lie on all processes already are moved.
+    that lie on all processes already are moved. What lies where it should is not copied, so that a
+    step which is given the result deletes ``tree`` too.
 
     Args:
       tree: pytree of arrays.
@@ -351,7 +355,7 @@ def _place_global(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def gather(tree: Any) -> Any:
-    """Every leaf whole, on this process' first device.
+    """A copy of every leaf, whole, on this process' first device; no step deletes it.
 
     With several processes every one of them must call it, with the same tree.
     """
@@ -365,8 +369,10 @@ def gather(tree: Any) -> Any:
         mesh = leaves[spread[0]].sharding.mesh
         for i, leaf in zip(spread, _whole([leaves[i] for i in spread], mesh), strict=True):
             leaves[i] = leaf
-    whole = jax.tree.unflatten(structure, leaves)
-    return jax.device_put(whole, SingleDeviceSharding(jax.local_devices()[0]))
+    # What lies whole on every device would come back as the part that is here, not as a copy.
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    copies = [jnp.array(jax.device_put(leaf, here), copy=True) for leaf in leaves]
+    return jax.tree.unflatten(structure, copies)
 
 
 def _whole(leaves: list[jax.Array], mesh: Mesh) -> list[jax.Array]:

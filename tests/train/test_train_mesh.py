@@ -262,6 +262,8 @@ def test_rules_of_the_user_come_first():
     assert found["params/net/Dense_0/bias"] == PartitionSpec()  # small
     assert found["params/net/Dense_0/kernel"] == PartitionSpec("fsdp")
     assert specs_of(mesh, parse_rules(words)) == found
+    spaced = [rule.replace("=", " = ") for rule in words]
+    assert str(parse_rules(spaced)) == str(parse_rules(words))
 
 
 @pytest.mark.parametrize(
@@ -273,6 +275,8 @@ def test_rules_of_the_user_come_first():
         ("kernel=fsdp,fsdp", "twice"),
         ("kernel=-,", "names no mesh axis"),
         ("kernel=largest:", "names no mesh axis"),
+        ("kernel=largest:fsdp,-", "names no mesh axis"),
+        ("kernel=largest:-,fsdp", "names no mesh axis"),
         ("kernel=tensor", "names the axis 'tensor'; the mesh has 'data', 'fsdp'"),
         ("nets=fsdp", "matches none of the 18 leaves: params/net/Dense_0/bias, "),
         ("bias=-,fsdp", "speaks of 2 axes, and params/net/Dense_0/bias has shape"),
@@ -297,6 +301,14 @@ def test_placed_and_gathered_again():
         is_key = jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
         a, b = (jax.random.key_data(x) if is_key else x for x in (a, b))
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("words", ["data=8", "fsdp=8"])
+def test_what_was_gathered_is_not_given_up(words):
+    there = place({"w": jnp.arange(1024.0)}, make_mesh(words))
+    back = gather(there)
+    jax.tree.map(lambda leaf: leaf.delete(), there)
+    np.testing.assert_array_equal(back["w"], np.arange(1024.0))
 
 
 # --- one step for every mesh ----------------------------------------------------------------------
