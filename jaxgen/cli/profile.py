@@ -180,6 +180,11 @@ def _text(summary: Mapping[str, Any]) -> str:
             f"{each['calls'] / traced:>6.3g}  {each['name']}"
             + (f": {each['source']}" if each["source"] else "")
         )
+    if any(each["name"].startswith("command_buffer") for each in summary["operations"]):
+        lines.append(
+            "\ncommand_buffer: many operations that the GPU runs as one; with XLA_FLAGS="
+            "--xla_gpu_enable_command_buffer= each has its name, and steps take longer"
+        )
     return "\n".join(lines)
 
 

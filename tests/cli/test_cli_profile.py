@@ -8,7 +8,13 @@ import pytest
 
 from jaxgen.cli import profile
 from jaxgen.cli.errors import CommandError
-from jaxgen.train.recipes.profiling import Span, busy_seconds, operations, read_spans
+from jaxgen.train.recipes.profiling import (
+    Span,
+    _flops_asked,
+    busy_seconds,
+    operations,
+    read_spans,
+)
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 
@@ -142,3 +148,14 @@ def test_what_cannot_be_done_is_one_line(words, says, tmp_path, monkeypatch):
 def test_a_runs_folder_is_not_written_over(made):
     with pytest.raises(CommandError, match="holds a run"):
         profile.run([*SMALL, "--out", str(made[0])])
+
+
+def test_what_is_asked_for_is_counted_before_compiling():
+    lowered = jax.jit(lambda a, b: a @ b).lower(np.ones((8, 16), "f"), np.ones((16, 4), "f"))
+    assert _flops_asked(lowered, 2) == 8 * 16 * 4
+
+
+def test_operations_that_run_as_one_are_explained(summary):
+    one = {"name": "command_buffer_1", "source": "", "seconds": 1.0, "share": 1.0, "calls": 4}
+    assert "xla_gpu_enable_command_buffer" in profile._text({**summary, "operations": [one]})
+    assert "xla_gpu_enable_command_buffer" not in profile._text(summary)

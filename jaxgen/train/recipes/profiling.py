@@ -146,8 +146,10 @@ def profile_run(
     mean = float(np.mean(taken))
     network, median = type(experiment.net).__name__, float(np.median(taken))
     layers = _layers(found, network)
-    flops = _flops(compiled, text)
     devices = [jax.devices()[0]] if mesh is None else list(mesh.devices.flat)
+    # On GPUs what cuDNN and cuBLAS compute is not counted in the compiled program.
+    is_gpu = devices[0].platform == "gpu"
+    flops = _flops_asked(lowered, len(devices)) if is_gpu else _flops(compiled, text)
     summary = {
         "data": config.data,
         "process": config.process,
@@ -368,6 +370,12 @@ def _flops(compiled: Any, text: str) -> int | None:
     costs = costs[0] if isinstance(costs, list) else costs
     flops = costs.get("flops", 0.0)
     return round(flops * read_hlo(text).flops_in_loops) if flops > 0 else None
+
+
+def _flops_asked(lowered: Any, devices: int) -> int | None:
+    """The same before compiling, where each loop counts as one round of it."""
+    flops = (lowered.cost_analysis() or {}).get("flops", 0.0)
+    return round(flops / devices) if flops > 0 else None
 
 
 def _memory(compiled: Any, state: Any, device: jax.Device) -> dict[str, int]:
