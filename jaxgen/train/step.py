@@ -154,10 +154,11 @@ def make_train_step(
       ema: decay of the moving average, in [0, 1); 0 makes the average follow the parameters.
       clip: largest global norm of the gradient; ``None`` does not clip.
       accumulate: number of micro batches that one batch is worked through in, to save memory. It
-        must divide ``n``. Micro batch ``j`` holds examples ``j, j + accumulate, ...`` (so that a
-        sharded batch stays where it is) and draws from ``fold_in(key, j)``: a loss without
-        randomness gives the gradient of the whole batch, up to float32 rounding, one with
-        randomness draws other noise than with ``accumulate=1``.
+        must divide ``n``; on a mesh with ``per_example``, each device's part of it. Micro batch
+        ``j`` holds examples ``j, j + accumulate, ...`` (so that a sharded batch stays where it is)
+        and draws from ``fold_in(key, j)``: a loss without randomness gives the gradient of the
+        whole batch, up to float32 rounding, one with randomness draws other noise than with
+        ``accumulate=1``.
       dtype: floating dtype that ``loss_fn`` gets the parameters in (``jnp.bfloat16``), master
         parameters, gradients and sums staying as they are. The batch is not cast: a network that
         should compute in that dtype casts its own input (``dtype=`` of Flax layers).
@@ -317,8 +318,14 @@ class Parts:
           axes: the mapped axes.
           specs: how each gradient is left split over them; ``None`` leaves all whole.
         """
+        n = _batch_size(batch)
+        if n % self.accumulate:
+            raise ValueError(
+                f"accumulate is {self.accumulate}, which does not divide the {n} examples of the "
+                "batch that each device has; choose another one, a larger batch or fewer devices"
+            )
         params = jax.tree.map(lambda leaf: _vary(leaf, axes), params)
-        with keys.part_of_batch(axes, _batch_size(batch) // self.accumulate):
+        with keys.part_of_batch(axes, n // self.accumulate):
             loss, grads = self.gradient(params, key, batch, taken, axes)
         if specs is None:
             specs = jax.tree.map(lambda _: PartitionSpec(), grads)

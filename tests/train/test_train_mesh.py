@@ -168,15 +168,15 @@ def test_sharded_parameters_keep_their_sharding(single):
     mesh = train.data_mesh()
     rows = NamedSharding(mesh, PartitionSpec(None, "data"))
     state = train.TrainState.create(jax.random.key(1), init(jax.random.key(2)), OPTIMIZER)
-    state = jax.tree.map(
-        lambda x: jax.device_put(x, rows if x.shape == (3, WIDTH) else train.replicated(mesh)),
-        state,
-    )
+    # The average lies elsewhere than the parameters that it is of.
+    state = place(state, mesh, ["^(params|opt_state/0/mu)/a$=-,data"])
     for i in range(2):
         state, metrics = STEP(state, train.shard_batch(batch(i), mesh))
         np.testing.assert_allclose(metrics.loss, single[1][i], rtol=1e-5)
-    for leaf in (state.params["a"], state.ema["a"], state.opt_state[0].mu["a"]):
+    for leaf in (state.params["a"], state.opt_state[0].mu["a"]):
         assert leaf.sharding.is_equivalent_to(rows, 2)
+    for leaf in (state.ema["a"], state.opt_state[0].nu["a"]):
+        assert leaf.sharding.is_fully_replicated
 
 
 # --- meshes in words, and rules -------------------------------------------------------------------
@@ -325,12 +325,14 @@ def put_state(mesh, rules=RULES, dtype=jnp.float32):
 
 
 def losses_of(step, state, mesh, dtype=np.float32, steps=STEPS):
-    losses = []
+    """Losses, the last state and the first norm: Adam and clipping hide a gradient's size."""
+    losses, norm = [], None
     for i in range(steps):
         x = batch(i).astype(dtype)
         state, metrics = step(state, x if mesh is None else shard_batch(x, mesh))
         losses.append(metrics.loss.block_until_ready())
-    return np.array(jax.device_get(losses)), state
+        norm = metrics.grad_norm if norm is None else norm
+    return np.array(jax.device_get(losses)), state, float(norm)
 
 
 def tolerance(dtype, growth):
@@ -349,14 +351,14 @@ def alone64():
     """Losses on one device in float64, and by how much a change of the start grows in them."""
     with jax.enable_x64(True):
         step = wide_step()
-        losses, _ = losses_of(step, put_state(None, dtype=jnp.float64), None, np.float64)
+        losses, _, norm = losses_of(step, put_state(None, dtype=jnp.float64), None, np.float64)
         nudged = put_state(None, dtype=jnp.float64)
         size = 1e-9
         nudged = nudged.replace(params=jax.tree.map(lambda p: p * (1 + size), nudged.params))
-        moved, _ = losses_of(step, nudged, None, np.float64)
+        moved, _, _ = losses_of(step, nudged, None, np.float64)
     growth = max(1.0, float(np.max(np.abs(moved - losses))) / size)
     assert growth < 100 and np.ptp(losses) > 0.5
-    return losses, growth
+    return losses, growth, norm
 
 
 MESHES = [
@@ -378,10 +380,11 @@ def test_the_same_losses_on_every_mesh(alone64, words, kind, per_example, caplog
     step = wide_step(per_example=per_example)
     with jax.enable_x64(True), jax.log_compiles(True), caplog.at_level(logging.WARNING):
         state = put_state(mesh, dtype=jnp.float64)
-        losses, after = losses_of(step, state, mesh, np.float64)
+        losses, after, norm = losses_of(step, state, mesh, np.float64)
     bound = tolerance(np.float64, alone64[1])
     assert bound < 1e-11
     np.testing.assert_allclose(losses, alone64[0], rtol=0, atol=bound)
+    np.testing.assert_allclose(norm, alone64[2], rtol=bound)
     # Compiled once, the state where it was, and the old one given up for the new.
     assert len(re.findall(r"Compiling jit\(step\)", caplog.text)) == 1
     expected = state_shardings(state, mesh)
@@ -395,8 +398,8 @@ def test_the_same_losses_on_every_mesh(alone64, words, kind, per_example, caplog
 @pytest.mark.parametrize("words", ["data=4,fsdp=2", pytest.param("data=8", marks=pytest.mark.slow)])
 def test_the_same_losses_in_float32(alone64, words):
     mesh = make_mesh(words)
-    losses, _ = losses_of(wide_step(per_example=True), put_state(mesh), mesh)
-    alone, _ = losses_of(wide_step(), put_state(None), None)
+    losses, _, _ = losses_of(wide_step(per_example=True), put_state(mesh), mesh)
+    alone, _, _ = losses_of(wide_step(), put_state(None), None)
     bound = tolerance(np.float32, alone64[1])
     assert bound < 1e-3
     np.testing.assert_allclose(losses, alone, rtol=0, atol=bound)
@@ -421,10 +424,12 @@ def test_shared_parameters_on_a_mesh(rule):
             train.make_train_step(loss, OPTIMIZER, per_example=True), state, mesh, steps=20
         )
 
-    losses, state = run(make_mesh("data=4,fsdp=2"))
+    losses, state, norm = run(make_mesh("data=4,fsdp=2"))
+    alone, _, alone_norm = run(None)
     assert state.params.pool.sharding.is_fully_replicated == (rule == "pool=replicate")
     # 20 steps of float32 sums over at most 4096 / 1024 * 1024 terms of a slot's gradient.
-    np.testing.assert_allclose(losses, run(None)[0], rtol=1e-5)
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
+    np.testing.assert_allclose(norm, alone_norm, rtol=1e-5)
 
 
 def test_the_parts_are_summed_in_float32():
@@ -458,5 +463,5 @@ def test_batches_that_a_mesh_cannot_take():
     step = wide_step(per_example=True)
     with pytest.raises(ValueError, match="batch has 12 examples for 8 devices; expected a multip"):
         step(put_state(mesh), np.zeros((12, 2), np.float32))
-    with pytest.raises(ValueError, match="accumulate is 4, which does not divide the batch of 2"):
+    with pytest.raises(ValueError, match="accumulate is 4, which does not divide the 2 examples"):
         wide_step(per_example=True, accumulate=4)(put_state(mesh), shard_batch(batch(0), mesh))

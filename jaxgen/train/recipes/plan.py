@@ -325,6 +325,12 @@ def _plan(request: Mapping[str, Any], say: Say) -> RunPlan:
             f"the batch of {resolved.batch_size} does not divide over the {shards} parts of the "
             "mesh; choose another --batch-size or another --mesh"
         )
+    if (resolved.batch_size // shards) % resolved.accumulate:
+        raise ConfigError(
+            f"the batch of {resolved.batch_size} leaves {resolved.batch_size // shards} examples "
+            f"to each of the {shards} parts of the mesh, which {resolved.accumulate} micro batches "
+            "do not divide; choose another --batch-size, --accumulate or --mesh"
+        )
     options: dict[str, Any] = {"rules": rules, "chip": where.chip}
     wait = "" if where.chip is None else ", which takes a minute or so"
 

@@ -105,7 +105,7 @@ def profile_run(
     """
     config = experiment.config
     out.mkdir(parents=True, exist_ok=True)
-    mesh = default_mesh(config.batch_size) if mesh is None else mesh
+    mesh = default_mesh(config.batch_size, config.accumulate) if mesh is None else mesh
     seconds: dict[str, float] = {}
 
     def timed(name: str, run: Callable[[], Any]) -> Any:

@@ -272,7 +272,7 @@ def train_run(
     """
     config, out = experiment.config, Path(experiment.config.out)
     distributed.agree({**dataclasses.asdict(config), "mesh": _words(mesh), "rules": str(rules)})
-    mesh = default_mesh(config.batch_size) if mesh is None else mesh
+    mesh = default_mesh(config.batch_size, config.accumulate) if mesh is None else mesh
     with contextlib.ExitStack() as stack:
         distributed.first(lambda: stack.enter_context(lock.hold(out)))
         distributed.first(lambda: _make_folder(experiment))
@@ -310,21 +310,22 @@ def train_run(
     return figures
 
 
-def default_mesh(batch_size: int) -> Mesh | None:
-    """As many devices as divide the batch, in one row; ``None`` where there is but one.
+def default_mesh(batch_size: int, accumulate: int = 1) -> Mesh | None:
+    """As many devices as divide each micro batch, in one row; ``None`` where there is but one.
 
     Raises:
       ConfigError: there are several processes, and not all of their devices can be used.
     """
     if jax.device_count() == 1:
         return None
-    if jax.process_count() > 1 and batch_size % jax.device_count():
+    least = jax.device_count() * accumulate
+    if jax.process_count() > 1 and batch_size % least:
+        micro = f" in {accumulate} micro batches" if accumulate > 1 else ""
         raise ConfigError(
             f"batch_size is {batch_size}, which the {jax.device_count()} devices of "
-            f"{jax.process_count()} processes do not divide; choose a multiple of "
-            f"{jax.device_count()}"
+            f"{jax.process_count()} processes do not divide{micro}; choose a multiple of {least}"
         )
-    return train.data_mesh(batch=batch_size)
+    return train.data_mesh(batch=batch_size // accumulate)
 
 
 def _words(mesh: Mesh | None) -> str:
