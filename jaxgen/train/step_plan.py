@@ -348,7 +348,7 @@ def _next_batch(good: list[StepPlan], small: int | None, limit: int, multiple: i
         left = (limit - b.memory.peak) / each if each > 0 else math.inf
         asked = last + int(min(left, 63 * last))
     else:
-        asked = 2 * last or (small or multiple) // 2
+        asked = 2 * last or (small or multiple) // 4
     if small is not None and asked >= small:
         asked = (last + small) // 2
     return max(asked // multiple, 1) * multiple

@@ -310,6 +310,9 @@ def test_the_text_of_the_tpu_compiler():
         "collective-permute": (1, x, x),
     }
     assert counts.unknown_loops == 0 and counts.bytes_in_loops > 1
+    # Groups as a number of them and their size.
+    pairs = read_hlo(TPU_TEXT.replace("{{0,1,2,3,4,5,6,7}}", "[4,2]<=[8]"))
+    assert [each.wire_bytes for each in pairs.collectives][1] == 5 * 4 * x // 2
     # An unknown first value: once, and it says so.
     once = read_hlo(TPU_TEXT.replace("s32[]{:T(128)} constant(1)", "s32[]{:T(128)} parameter(1)"))
     assert once.unknown_loops == 1 and once.matmul_flops == counts.matmul_flops // 5
@@ -332,6 +335,7 @@ def fake(batch, peak):
         lambda n: 1e8 + 1e4 * max(n - 5000, 0) + n,  # flat at first
         lambda n: 1e8 + 30 * n**1.5,
         lambda n: 1e8 + 1e4 * n if n < 30_000 else math.inf,  # the compiler refuses
+        lambda n: 1e8 + 9e6 * n if n <= 100 else math.inf,  # all but small ones
     ],
 )
 @pytest.mark.parametrize("start", [8, 1024, 10**6])
@@ -422,6 +426,7 @@ def test_commands_that_cannot_be_carried_out(capsys, words, part):
     [
         (("--topology", "cpu:4", "--mesh", "data=3"), "multiplies to 3, and there are 4"),
         (("--topology", "cpu:4", "--batch-size", "6"), "does not divide over the 4 parts"),
+        (("--topology", "cpu:4", "--batch-size", "8", "--accumulate", "4"), "leaves 2 examples"),
         (("--topology", "cpu:4", "--rule", "kernel=-,foo"), "names the axis 'foo'"),
         (("--topology", "cpu:4", "--data", "nowhere"), "does not exist"),
     ],
