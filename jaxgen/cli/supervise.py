@@ -8,7 +8,7 @@ starts the same command as a worker, hands signals on to it, and says in one lin
   the runtime's talk and shows them only when a worker dies in a way it does not know. What Python
   prints goes straight to the real standard output and error.
 * Over one more pipe the worker tells what it is at. A worker that goes on hanging after the runtime
-  has told of a failure, or whose steps stop coming, is killed.
+  has told of a failure, whose steps stop coming, or that a signal does not reach, is killed.
 * The worker dies with its supervisor: by the kernel's parent death signal on Linux, and everywhere
   by the end of a pipe that the supervisor holds open.
 
@@ -40,6 +40,9 @@ LOST = 75
 _VARIABLE = "JAXGEN_WORKER"
 _GRACE = 10.0
 _STALL = 900.0
+# While the runtime waits for the others Python sees no signal; there is nothing to lose yet.
+_JOINING = ("", "attached", "joining")
+_JOINING_GRACE = 3.0
 # The runtime's last words before it aborts a worker because of another one.
 _FATAL = (
     "JAX distributed service detected fatal errors",
@@ -154,7 +157,11 @@ class _Watch:
         self.is_stalled = False
         self._failed_at: float | None = None
         self._beat: float | None = None
-        self._longest = 0.0
+        self._longest: float | None = None
+        self.signal = 0
+        self.is_deaf = False
+        self._signal_at = 0.0
+        self._is_urgent = False
 
     def hears(self, line: str) -> None:
         """One line of the runtime's."""
@@ -170,18 +177,34 @@ class _Watch:
         elif word == "report":
             now = time.monotonic()
             if self._beat is not None:
-                self._longest = max(self._longest, now - self._beat)
+                self._longest = max(self._longest or 0.0, now - self._beat)
             self._beat = now
         else:
             self.stage = word
             self._beat = None
 
+    def hands_on(self, number: int) -> None:
+        """A signal goes to the worker; a second one means at once."""
+        now = time.monotonic()
+        if self.signal and now - self._signal_at < 1:
+            return
+        self._is_urgent = bool(self.signal)
+        self.signal, self._signal_at = number, now
+
     def must_end(self) -> bool:
-        """Whether the worker hangs: the runtime has failed, or no step comes any more."""
-        now, longest = time.monotonic(), max(_STALL, 20 * self._longest)
-        self.is_stalled |= self._beat is not None and now - self._beat > longest
+        """Whether the worker hangs: the runtime has failed, or no step or answer comes any more.
+
+        How long steps take is known from the second report on; the first may come early or late.
+        """
+        now = time.monotonic()
+        if self._beat is not None and self._longest is not None:
+            self.is_stalled |= now - self._beat > max(_STALL, 20 * self._longest)
+        if self.signal:
+            waited = now - self._signal_at
+            self.is_deaf |= self._is_urgent and waited > _GRACE
+            self.is_deaf |= self.stage in _JOINING and waited > _JOINING_GRACE
         has_failed = self._failed_at is not None and now - self._failed_at > _GRACE
-        return has_failed or self.is_stalled
+        return has_failed or self.is_stalled or self.is_deaf
 
     @property
     def is_lost(self) -> bool:
@@ -223,10 +246,12 @@ def supervise(name: str, command: Sequence[str]) -> int:
     sys.stdout.flush()
     worker: subprocess.Popen[bytes] | None = None
     early: list[int] = []
+    watch = _Watch()
 
     def forward(number: int, frame: FrameType | None) -> None:
         del frame
         number = signal.SIGTERM if number == signal.SIGHUP else number
+        watch.hands_on(number)
         if worker is None:
             early.append(number)
         else:
@@ -254,7 +279,6 @@ def supervise(name: str, command: Sequence[str]) -> int:
             worker.send_signal(number)
         for handle in (*handed, talk_worker):
             os.close(handle)
-        watch = _Watch()
         _follow(worker, watch, status, talk)
         return _verdict(name, worker.wait(), watch)
     finally:
@@ -307,6 +331,9 @@ def _verdict(name: str, code: int, watch: _Watch) -> int:
             "same --coordinator and --processes"
         )
         return 2
+    if watch.signal and (code == -watch.signal or (code == -signal.SIGKILL and watch.is_deaf)):
+        say(f"stopped by {signal.Signals(watch.signal).name}; the same command goes on")
+        return 128 + watch.signal
     if code == LOST or (code < 0 and (watch.is_lost or watch.is_stalled)):
         what = "a process of the run has gone"
         if watch.is_stalled and not watch.is_lost:

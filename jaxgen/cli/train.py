@@ -188,6 +188,11 @@ def _run(words: Sequence[str]) -> int:
         if not args.quiet and is_first:
             print(line, file=sys.stderr, flush=True)
 
+    def report(line: dict[str, Any]) -> None:
+        supervise.tell(f"report {line['step']}")
+        if line["step"] >= config.steps:
+            supervise.tell("measuring")
+
     supervise.tell("training")
     figures = runs.train_run(
         experiment,
@@ -195,7 +200,7 @@ def _run(words: Sequence[str]) -> int:
         say=say,
         mesh=mesh,
         rules=rules,
-        on_report=lambda line: supervise.tell(f"report {line['step']}"),
+        on_report=report,
     )
     if figures is None:
         return 0
@@ -211,6 +216,7 @@ def _check_fit(experiment: Any, mesh: Any, rules: Any) -> None:
     """Refuse a mesh that the batch does not divide over, and rules that do not suit the state."""
     import jax
 
+    from jaxgen.train import loop
     from jaxgen.train import mesh as meshes
 
     if mesh is None:
@@ -225,6 +231,7 @@ def _check_fit(experiment: Any, mesh: Any, rules: Any) -> None:
             "another --batch-size or another --mesh"
         )
     try:
+        loop.check_mesh(mesh)
         meshes.state_shardings(jax.eval_shape(experiment.state), mesh, rules)
     except ValueError as error:
         raise CommandError(str(error)) from None

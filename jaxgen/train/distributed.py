@@ -91,7 +91,7 @@ def initialize(
         taken, or not all processes came in time.
       ValueError: an argument out of range.
     """
-    if timeout < 1 or heartbeat < 1:
+    if not 1 <= timeout < float("inf") or heartbeat < 1:
         raise ValueError(f"timeout is {timeout} and heartbeat {heartbeat}; expected at least 1 s")
     for name, value, least in (("processes", processes, 1), ("process", process, 0)):
         if value is not None and value < least:
@@ -101,8 +101,8 @@ def initialize(
     if None in (coordinator, processes, process):
         coordinator, processes, process = _detected(coordinator, processes, process, timeout)
     host, _, port = (coordinator or "").rpartition(":")
-    if coordinator and (not host or not port.isdigit()):
-        raise ValueError(f"coordinator is {coordinator!r}; expected HOST:PORT")
+    if coordinator and (not host or not port.isdecimal() or not 0 < int(port) < 65_536):
+        raise ValueError(f"coordinator is {coordinator!r}; expected HOST:PORT, a port to 65535")
     if coordinator and process is not None:
         (_check_free if process == 0 else _probe)(host.strip("[]"), int(port), timeout)
     # Its C++ handler would swallow SIGTERM; the loop has its own.

@@ -148,7 +148,7 @@ def fit(
     positive_int("steps", steps, least=0)
     positive_int("max_skipped", max_skipped)
     start = time.monotonic()
-    _check_mesh(mesh)
+    check_mesh(mesh)
 
     with contextlib.ExitStack() as stack:
         saver = None
@@ -236,13 +236,34 @@ def _resume(
     return restore(folder, state, sharding=sharding, step=newest, layout=layout), True
 
 
-def _check_mesh(mesh: Mesh | None) -> None:
+def check_mesh(mesh: Mesh | None) -> None:
+    """Refuse a mesh that several processes cannot train on.
+
+    Raises:
+      ValueError: it has not all their devices, or parts of the batch that two processes share:
+        each reads examples of its own.
+    """
     if jax.process_count() > 1 and (mesh is None or mesh.size != jax.device_count()):
         have = "none" if mesh is None else f"one of {mesh.size}"
         raise ValueError(
             f"mesh is {have}; {jax.process_count()} processes need one over all of their "
             f"{jax.device_count()} devices (make_mesh)"
         )
+    if mesh is not None and not _has_own_parts(mesh):
+        sizes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+        raise ValueError(
+            f"mesh is {sizes}, on which several processes would share a part of the batch; "
+            "expected data and fsdp as the first axes, to multiply to a multiple of the processes"
+        )
+
+
+def _has_own_parts(mesh: Mesh) -> bool:
+    """Whether all devices that hold one part of the batch belong to one process."""
+    axes = [mesh.axis_names.index(name) for name in meshes.batch_axes(mesh)]
+    owners = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    rows = np.moveaxis(owners, axes, range(len(axes)))
+    rows = rows.reshape(*rows.shape[: len(axes)], -1)
+    return bool((rows == rows[..., :1]).all())
 
 
 @dataclasses.dataclass
@@ -347,6 +368,9 @@ class _Runner:
         if in_a_row < self.max_skipped:
             return
         self.finish()
+        if self.saver is not None:
+            # All processes are here; after an error none waits for a save any more.
+            self.saver.wait()
         where = "" if self.saver is None else f" and are saved in {self.saver.directory}"
         raise Diverged(
             f"{in_a_row} steps in a row gave a loss or gradient that is NaN or infinite; the "

@@ -280,6 +280,11 @@ def test_a_port_in_use():
 def test_what_initialize_refuses(monkeypatch):
     with pytest.raises(ValueError, match="expected HOST:PORT"):
         distributed.initialize("somewhere", 2, 1)
+    for port in ("0", "99999", "\u00b2"):
+        with pytest.raises(ValueError, match="expected HOST:PORT"):
+            distributed.initialize(f"127.0.0.1:{port}", 2, 0)
+    with pytest.raises(ValueError, match="timeout is nan"):
+        distributed.initialize("127.0.0.1:1", 2, 0, timeout=float("nan"))
     with pytest.raises(ValueError, match="process is 2 of 2"):
         distributed.initialize("127.0.0.1:1", 2, 2)
     with pytest.raises(ValueError, match="processes is 0"):

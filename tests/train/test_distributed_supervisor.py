@@ -84,15 +84,18 @@ def test_a_worker_that_hangs_after_a_failure_is_killed(capfd, monkeypatch):
 
 def test_a_worker_whose_steps_stop_coming_is_killed(capfd, monkeypatch):
     monkeypatch.setattr(supervise, "_STALL", 0.3)
-    body = "supervise.tell('report 10'); time.sleep(60)"
+    reports = "supervise.tell('report 10'); time.sleep(0.01); supervise.tell('report 20');"
+    body = reports + "time.sleep(60)"
     code, _, said = supervised(capfd, body)
     assert (code, said) == (
         75,
         "run: no step has come for too long; start the same command again\n",
     )
     # What comes after the training has no steps.
-    body = "supervise.tell('report 10'); supervise.tell('measuring'); time.sleep(1)"
+    body = reports + "supervise.tell('measuring'); time.sleep(1)"
     assert supervised(capfd, body) == (0, "", "")
+    # One report says nothing of how far it is to the next.
+    assert supervised(capfd, "supervise.tell('report 10'); time.sleep(1)") == (0, "", "")
 
 
 def start_outside(body):
@@ -117,6 +120,33 @@ def test_signals_are_handed_on(name):
     # A worker knows nothing of a terminal that has hung up.
     assert int(out) == (signal.SIGINT if name == "SIGINT" else signal.SIGTERM)
     assert (process.returncode, said) == (9, "")
+
+
+DEAF = (
+    "signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+)
+
+
+INTERRUPT = "os.kill(os.getppid(), signal.SIGINT);"
+
+
+@pytest.mark.parametrize(("stage", "count"), [("joining", 1), ("training", 1), ("training", 2)])
+def test_a_worker_that_hears_no_signal_is_killed(capfd, monkeypatch, stage, count):
+    """Python's handlers do not run while the runtime waits."""
+    monkeypatch.setattr(supervise, "_JOINING_GRACE", 0.3)
+    monkeypatch.setattr(supervise, "_GRACE", 0.3)
+    body = DEAF + f"supervise.tell('{stage}');" + (INTERRUPT + "time.sleep(1.5);") * count
+    stopped = 130, "", "run: stopped by SIGINT; the same command goes on\n"
+    # One signal lets a worker that trains finish its step and save, however long that takes.
+    assert supervised(capfd, body) == (
+        (0, "", "") if (stage, count) == ("training", 1) else stopped
+    )
+
+
+def test_a_signal_before_the_worker_can_hear_it(capfd):
+    body = "signal.signal(signal.SIGTERM, signal.SIG_DFL); os.kill(os.getppid(), signal.SIGTERM);"
+    code, _, said = supervised(capfd, body + "time.sleep(60)")
+    assert (code, said) == (143, "run: stopped by SIGTERM; the same command goes on\n")
 
 
 def test_a_worker_dies_with_its_supervisor():

@@ -5,6 +5,7 @@ import json
 import signal
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import optax
 import pytest
 
 from jaxgen import train
+from jaxgen.train import loop, manifest
 from jaxgen.train.signals import Signals
 
 N = 4
@@ -209,6 +211,52 @@ def test_divergence_stops_with_the_last_good_state(by_hand, tmp_path):
         assert 6 <= int(state.skipped_in_a_row) < 20
     line = lines(tmp_path)[-1]
     assert line["loss"] is None and line["skipped"] >= 6
+
+
+def test_the_last_good_state_is_saved_before_it_is_said(tmp_path, monkeypatch):
+    def slowly(*args):
+        time.sleep(0.5)
+        write(*args)
+
+    write = manifest.write_manifest
+    monkeypatch.setattr(manifest, "write_manifest", slowly)
+    # Several processes wait for nothing after an error.
+    monkeypatch.setattr(train.Saver, "__exit__", lambda *args: None)
+    bad = (np.full((N, 3), np.nan, np.float32) for _ in itertools.count())
+    with pytest.raises(train.Diverged):
+        fit(20, tmp_path, source=bad, max_skipped=2)
+    assert train.saved_steps(tmp_path / "checkpoints")
+
+
+def devices(*processes):
+    return np.array([types.SimpleNamespace(process_index=process) for process in processes])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "fits"),
+    [
+        ({"data": 4}, (0, 0, 1, 1), True),
+        ({"data": 2, "fsdp": 2}, (0, 1, 2, 3), True),
+        ({"data": 2, "tensor": 2}, (0, 0, 1, 1), True),
+        ({"tensor": 4}, (0, 0, 0, 0), True),
+        ({"tensor": 2}, (0, 1), False),
+        ({"tensor": 2, "data": 2}, (0, 0, 1, 1), False),
+        ({"data": 2, "tensor": 2}, (0, 1, 2, 3), False),
+    ],
+)
+def test_no_two_processes_share_a_part_of_the_batch(sizes, processes, fits, monkeypatch):
+    mesh = types.SimpleNamespace(
+        devices=devices(*processes).reshape(*sizes.values()),
+        axis_names=tuple(sizes),
+        shape=sizes,
+        size=len(processes),
+    )
+    monkeypatch.setattr(jax, "device_count", lambda: len(processes))
+    if fits:
+        loop.check_mesh(mesh)
+        return
+    with pytest.raises(ValueError, match="several processes would share a part of the batch"):
+        loop.check_mesh(mesh)
 
 
 def test_a_few_bad_steps_are_lived_through(tmp_path):
