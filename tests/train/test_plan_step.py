@@ -22,6 +22,7 @@ from jaxgen.train.step_plan import (
     StepPlan,
     describe_plan,
     largest_batch,
+    plan_program,
     plan_step,
 )
 
@@ -46,9 +47,13 @@ def create():
     return train.TrainState.create(jax.random.key(0), params, ADAM)
 
 
+# The state is four times the weights; a gradient more fills this, and leaves no room to work in.
+CHIP = dataclasses.replace(topology.CHIPS["v5e"], hbm=5 * 4 * WEIGHTS)
+
+
 def plan_on(words, **options):
     step = train.make_train_step(loss_fn, ADAM, **options)
-    return plan_step(step, jax.eval_shape(create), BATCH, meshes.make_mesh(words))
+    return plan_step(step, jax.eval_shape(create), BATCH, meshes.make_mesh(words), chip=CHIP)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +129,34 @@ def test_flops_of_convolutions_are_the_hand_count(groups, padding, stride, sprea
     assert read_hlo(gradient.lower(*shapes).compile().as_text()).matmul_flops == 3 * hand
 
 
+def test_every_round_of_a_loop_moves_its_bytes():
+    mesh = meshes.make_mesh("data=1", jax.devices()[:1])
+    x = jax.ShapeDtypeStruct((32, 32), jnp.float32, sharding=meshes.replicated(mesh))
+
+    def plan_of(rounds):
+        def run(x):
+            return jax.lax.fori_loop(0, rounds, lambda _, y: jnp.tanh(y @ x), x)
+
+        return plan_program(jax.jit(run).lower(x), {"x": x}, mesh, batch=1)
+
+    few, many = plan_of(10), plan_of(100)
+    for name in ("flops", "matmul_flops", "bytes_moved"):
+        assert 9 * getattr(few, name) < getattr(many, name) <= 10 * getattr(few, name)
+    # Three arrays of the product, two of the rest, at least; no more than thrice that.
+    assert 1 < many.bytes_moved / (100 * 5 * 4 * 32 * 32) < 3
+
+
+def test_the_roofline_is_by_the_published_figures(data8):
+    roofline, memory = data8.roofline, data8.memory
+    wire = sum(each.wire_bytes for each in data8.collectives)
+    assert roofline.compute == pytest.approx(data8.flops / 197e12)
+    assert roofline.hbm == pytest.approx(data8.bytes_moved / 819e9)
+    assert roofline.ici == pytest.approx(wire / 200e9)
+    # The state in and out, the batch in; metrics out, and a few addresses.
+    ends = 2 * memory.arguments - memory.parts["batch"]
+    assert ends - 8 <= roofline.hbm_least * 819e9 < ends + 400
+
+
 def test_data_parallelism_exchanges_the_gradient_once(data8):
     (only,) = data8.collectives
     assert only.kind == "all-reduce"
@@ -170,6 +203,11 @@ def test_memory_falls_as_the_mesh_says(data8, fsdp8):
         memory = plan.memory
         assert memory.peak >= memory.arguments + memory.outputs + memory.temporary
         assert memory.working == memory.peak - memory.arguments > 0
+        # The state takes the place of the one before.
+        assert memory.outputs < 400
+    # Temporaries alone would fit, and so would arguments.
+    assert data8.memory.temporary < data8.memory.arguments < CHIP.hbm < data8.memory.peak
+    assert fsdp8.fits and not data8.fits
 
 
 def test_plans_survive_json(data8):
@@ -434,6 +472,17 @@ def test_commands_that_cannot_be_carried_out(capsys, words, part):
 def test_what_the_other_process_finds_wrong(capsys, words, part):
     assert main(["plan", "--data", "moons", *words]) == 2
     assert part in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_every_device_draws_its_part_of_the_samples():
+    config = ScoreConfig(data="moons", width=32, blocks=1, batch_size=64)
+    one, two = (
+        plan_run(config, f"cpu:{n}", mesh=f"data={n}", sampler=True).sampler for n in (1, 2)
+    )
+    # All but the products of the network's weights with the times, the same for all.
+    assert two.matmul_flops == pytest.approx(one.matmul_flops / 2, rel=0.1)
+    assert two.memory.outputs < 0.6 * one.memory.outputs
 
 
 @pytest.mark.slow
