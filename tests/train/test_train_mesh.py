@@ -448,6 +448,8 @@ def test_the_parts_are_summed_in_float32():
     sums = re.findall(
         r"stablehlo\.(all_reduce|reduce_scatter)\".*?\}\) : \((tensor<.*?>)\)", text, re.DOTALL
     )
+    # The network gets them gathered, and they travel in its dtype.
+    assert re.search(r"sharding_constraint .* tensor<64x64xbf16>", text)
     # Two small gradients and the loss, a scatter of the large one and its sum over "data".
     assert sorted(name for name, _ in sums) == ["all_reduce"] * 4 + ["reduce_scatter"]
     assert {kind.rpartition("x")[2].strip(">").rpartition("<")[2] for _, kind in sums} == {"f32"}
