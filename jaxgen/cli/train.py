@@ -230,6 +230,12 @@ def _check_fit(experiment: Any, mesh: Any, rules: Any) -> None:
             f"the batch of {batch} does not divide over the {shards} parts of --mesh; choose "
             "another --batch-size or another --mesh"
         )
+    micro = experiment.config.accumulate
+    if (batch // shards) % micro:
+        raise CommandError(
+            f"the batch of {batch} leaves {batch // shards} examples to each of the {shards} parts "
+            f"of --mesh, which --accumulate {micro} does not divide; choose another of the three"
+        )
     try:
         loop.check_mesh(mesh)
         meshes.state_shardings(jax.eval_shape(experiment.state), mesh, rules)

@@ -89,6 +89,7 @@ def test_a_folder_that_cannot_be_locked(tmp_path):
         (("--mesh", "data=8", "--rule", "no_such=replicate"), "matches none of the"),
         (("--rule", "kernel=replicate"), "give --mesh too"),
         (("--mesh", "data=8", "--batch-size", "12"), "does not divide over the 8 parts"),
+        (("--mesh", "data=8", "--batch-size", "32", "--accumulate", "8"), "leaves 4 examples"),
         (("--coordinator", "localhost:1"), "--coordinator belong to --distributed"),
         (("--processes", "2", "--process-id", "0"), "--processes and --process-id belong to"),
     ],
