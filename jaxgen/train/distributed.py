@@ -277,6 +277,13 @@ def choose(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def choose_text(value: str) -> str:
+    """Process 0's ``value``, up to 1024 bytes, in every process."""
+    if jax.process_count() == 1:
+        return value
+    return _gathered(value, _TEXT)[0]
+
+
 def agree(config: Mapping[str, Any]) -> None:
     """Make sure that every process was started with the same configuration.
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NAME", "FolderBusy", "hold", "is_empty"]
+__all__ = ["NAME", "FolderBusy", "hold", "is_empty", "text"]
 
 NAME = ".lock"
 
@@ -27,6 +27,14 @@ class FolderBusy(RuntimeError):
 def is_empty(folder: Path) -> bool:
     """Whether nothing is in a folder but what a killed run's lock left."""
     return all(entry.name == NAME for entry in folder.iterdir())
+
+
+def text(folder: Path) -> str:
+    """Who holds a folder, as its lock says; empty where there is none."""
+    try:
+        return (folder / NAME).read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 @contextlib.contextmanager
@@ -83,6 +91,8 @@ def _locked(path: Path) -> int:
     try:
         os.ftruncate(handle, 0)
         os.write(handle, json.dumps(_us()).encode())
+        # Other hosts read it while it is held.
+        os.fsync(handle)
     except OSError as error:
         os.close(handle)
         with contextlib.suppress(OSError):

@@ -12,6 +12,8 @@ from jaxgen import train
 from jaxgen.cli import main
 from jaxgen.cli.train import Train
 from jaxgen.train import lock
+from jaxgen.train.recipes import run as runs
+from jaxgen.train.recipes.config import ConfigError
 
 SMALL = (
     *("train", "--quiet", "--data", "moons", "--width", "8", "--blocks", "1", "--steps", "2"),
@@ -132,3 +134,16 @@ def test_the_compilation_cache_is_filled(tmp_path, monkeypatch):
     folder = tmp_path / "compiled"
     command._set_up(Train(run=command.ScoreConfig(), compilation_cache=folder))
     assert wanted["jax_compilation_cache_dir"] == str(folder) and folder.is_dir()
+
+
+def test_a_folder_that_is_another_one_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_SEEN", 0.3)
+    with lock.hold(tmp_path):
+        held = lock.text(tmp_path)
+        with pytest.raises(ConfigError, match="does not see the"):
+            runs._check_seen(tmp_path, held)
+        (tmp_path / "config.yaml").touch()
+        runs._check_seen(tmp_path, held)
+        # A run of this host's own.
+        with pytest.raises(ConfigError, match="choose a folder that all hosts share"):
+            runs._check_seen(tmp_path, held.replace(str(os.getpid()), "another"))

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +64,7 @@ __all__ = [
 Say = Callable[[str], None]
 
 _EVALUATION = 0x0E7A1
+_SEEN = 30.0
 
 
 class Run(NamedTuple):
@@ -271,12 +273,14 @@ def train_run(
       DistributedError: the processes have different configurations, or one could not go on.
     """
     config, out = experiment.config, Path(experiment.config.out)
-    distributed.agree({**dataclasses.asdict(config), "mesh": _words(mesh), "rules": str(rules)})
+    more = {"mesh": _words(mesh), "rules": str(rules), "examples": _fingerprint(experiment)}
+    distributed.agree({**dataclasses.asdict(config), **more})
     mesh = default_mesh(config.batch_size, config.accumulate) if mesh is None else mesh
     with contextlib.ExitStack() as stack:
         distributed.first(lambda: stack.enter_context(lock.hold(out)))
         distributed.first(lambda: _make_folder(experiment))
-        distributed.everywhere(lambda: _check_seen(out))
+        held = distributed.choose_text(lock.text(out))
+        distributed.everywhere(lambda: _check_seen(out, held))
         say(_opening(experiment))
         state = train.fit(
             experiment.state(),
@@ -332,11 +336,19 @@ def _words(mesh: Mesh | None) -> str:
     return "" if mesh is None else ",".join(f"{name}={size}" for name, size in mesh.shape.items())
 
 
-def _check_seen(out: Path) -> None:
-    """Refuse a folder that is another one on this host."""
-    end = time.monotonic() + 15
+def _fingerprint(experiment: Experiment) -> str:
+    """How many examples there are, and a checksum of them; not worked out for one process."""
+    if jax.process_count() == 1:
+        return ""
+    x = experiment.train.x
+    return f"{len(x)} ({zlib.crc32(x.tobytes()):08x})"
+
+
+def _check_seen(out: Path, held: str) -> None:
+    """Refuse a folder that is another one on this host, where a run of its own may lie."""
+    end = time.monotonic() + _SEEN
     # What one host has written a network's file system may show another a little later.
-    while not (out / "config.yaml").exists():
+    while not (out / "config.yaml").exists() or lock.text(out) != held:
         if time.monotonic() > end:
             raise ConfigError(
                 f"process {jax.process_index()} does not see the {out} that process 0 has made; "
