@@ -110,7 +110,7 @@ def run(words: Sequence[str]) -> int:
 
     from jaxgen.train import mesh as meshes
     from jaxgen.train.recipes.profiling import profile_run
-    from jaxgen.train.recipes.run import _experiment
+    from jaxgen.train.recipes.run import make_experiment
 
     def say(line: str) -> None:
         if not args.quiet:
@@ -121,7 +121,7 @@ def run(words: Sequence[str]) -> int:
         rules = meshes.parse_rules(args.rule)
     except ValueError as error:
         raise CommandError(str(error)) from None
-    experiment = _experiment(config)
+    experiment = make_experiment(config)
     try:
         summary = profile_run(
             experiment, out, steps=args.run.steps, mesh=mesh, rules=rules, say=say

@@ -119,7 +119,7 @@ def initialize(
             shutdown_timeout_seconds=heartbeat,
         )
         # The first collective makes the connections, each of which has a time-out of its own.
-        barrier("jaxgen-initialize")
+        counts = _gathered(str(processes), 16) if jax.process_count() > 1 else []
     except Exception as error:
         if not is_lost(str(error)):
             raise
@@ -127,6 +127,11 @@ def initialize(
             f"not all of the {processes} processes came together at {coordinator} within "
             f"{timeout:g} s; start every one of them, with the same --coordinator and --processes"
         ) from error
+    if len(set(counts)) > 1:
+        raise DistributedError(
+            f"the processes were told of {', '.join(counts)} processes; give every one of them the "
+            "same --processes"
+        )
 
 
 def _detected(

@@ -102,6 +102,7 @@ def test_a_run_of_the_command(tmp_path, capsys):
     ("words", "own", "code", "message"),
     [
         ((), ("--learning-rate", "0.5"), 2, "process 1 has learning_rate 0.5 for 0.001 in process"),
+        ((), ("--processes", "3"), 2, "the processes were told of 2, 3 processes"),
         (("--mesh", "tensor=2"), (), 2, "several processes would share a part of the batch"),
         (("--learning-rate", "1e30", "--warmup-steps", "0"), (), 1, "steps in a row gave a loss"),
     ],

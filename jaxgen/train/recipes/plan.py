@@ -25,7 +25,7 @@ from jaxgen.solve.discrete import radd_sample
 from jaxgen.train import mesh as meshes
 from jaxgen.train.data import DataError
 from jaxgen.train.recipes.config import ConfigError, ScoreConfig, from_mapping
-from jaxgen.train.recipes.run import _experiment
+from jaxgen.train.recipes.run import make_experiment
 from jaxgen.train.recipes.score import Experiment
 from jaxgen.train.recipes.text import TextExperiment
 from jaxgen.train.step_plan import (
@@ -315,7 +315,7 @@ def serve() -> None:
 def _plan(request: Mapping[str, Any], say: Say) -> RunPlan:
     where: Topology = parse_topology(request["topology"])
     config = from_mapping(request["config"], ScoreConfig())
-    experiment = _experiment(config)
+    experiment = make_experiment(config)
     mesh = meshes.make_mesh(request["mesh"], topology_devices(where, say=say))
     rules = meshes.parse_rules(request["rules"])
     resolved = experiment.config

@@ -53,6 +53,7 @@ from jaxgen.train.text import is_text, read_vocabulary, write_vocabulary
 
 __all__ = [
     "Run",
+    "make_experiment",
     "measure",
     "open_run",
     "open_text_run",
@@ -104,7 +105,7 @@ def prepare(config: ScoreConfig, *, reschedule: bool = False) -> Experiment:
     Raises:
       DataError, ConfigError: the data or a setting cannot be used, or the folder holds another run.
     """
-    experiment = _experiment(config)
+    experiment = make_experiment(config)
     resolved = experiment.config
     out = Path(resolved.out)
     before = stored_config(out)
@@ -139,7 +140,7 @@ def prepare(config: ScoreConfig, *, reschedule: bool = False) -> Experiment:
     return experiment
 
 
-def _experiment(config: ScoreConfig) -> Experiment:
+def make_experiment(config: ScoreConfig) -> Experiment:
     """The experiment of a configuration, its data loaded; see ``prepare``."""
     if config.process == "absorbing":
         text = load_for(config, LENGTH if config.length is None else config.length)
@@ -438,7 +439,7 @@ def open_run(folder: Path) -> Run:
         raise ConfigError(
             f"{folder} holds a run on text: jaxgen sample and jaxgen evaluate know it"
         )
-    return _restored(folder, _experiment(dataclasses.replace(stored, out=str(folder))))
+    return _restored(folder, make_experiment(dataclasses.replace(stored, out=str(folder))))
 
 
 def open_text_run(folder: Path, *, text: bool) -> Run:
@@ -460,7 +461,7 @@ def open_text_run(folder: Path, *, text: bool) -> Run:
     if not text:
         config = resolve(stored, (vocabulary.length,))
         return _restored(folder, build_text(config, vocabulary, None))
-    experiment = _experiment(stored)
+    experiment = make_experiment(stored)
     assert isinstance(experiment, TextExperiment)
     _check_text(experiment, folder)
     return _restored(folder, experiment)
