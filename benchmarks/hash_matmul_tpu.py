@@ -25,15 +25,9 @@ from importlib import metadata
 import numpy as np
 
 from benchmarks.measure import Missing, Result, summarise
+from jaxgen.train.topology import environment, parse_topology
 
 TOPOLOGY = "v5e:2x2"
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
 ROWS, K, N, BATCH = 4096, 4096, 16384, 256
 COMPRESSIONS = (4, 16, 64, 256)
 MIB = 2**20
@@ -47,7 +41,7 @@ def run(*, quick: bool) -> Iterator[Result | Missing]:
     compressions = [16] if quick else list(COMPRESSIONS)
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.hash_matmul_tpu", *map(str, compressions)],
-        env=os.environ | ENVIRONMENT,
+        env=os.environ | environment(parse_topology(TOPOLOGY)),
         capture_output=True,
         text=True,
         check=False,

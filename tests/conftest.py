@@ -26,7 +26,12 @@ for _flag in _flags:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import json
+import pathlib
 import socket
+import subprocess
+import sys
+import time
 
 import jax
 import pytest
@@ -70,3 +75,32 @@ def compile_once(tmp_path_factory):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def compiled_for_tpu():
+    """Run a test's file as a program where the TPU's compiler works; what it prints last, as JSON.
+
+    A process of its own: the compiler needs its environment before jax starts, and lets one process
+    in at a time on a machine.
+    """
+    from jaxgen.train.topology import environment, parse_topology
+
+    root = pathlib.Path(__file__).parents[1]
+
+    def run(file):
+        variables = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        variables |= environment(parse_topology("v5e:2x2"))
+        paths = filter(None, (str(root), os.getenv("PYTHONPATH")))
+        variables["PYTHONPATH"] = os.pathsep.join(paths)
+        for _ in range(60):
+            done = subprocess.run(
+                [sys.executable, file], env=variables, capture_output=True, text=True, check=False
+            )
+            if done.returncode == 0 or "lockfile" not in done.stderr:
+                break
+            time.sleep(5)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run

@@ -6,10 +6,6 @@ CPU there is nothing to see: XLA drops the barriers that hold the second forward
 
 import importlib.util
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -21,25 +17,10 @@ pytestmark = [
     ),
 ]
 
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
-
 
 @pytest.fixture(scope="module")
-def compiled():
-    root = pathlib.Path(__file__).parents[2]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | ENVIRONMENT
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.getenv("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def compiled(compiled_for_tpu):
+    return compiled_for_tpu(__file__)
 
 
 def test_memory_falls_and_arithmetic_grows_by_a_forward_pass_at_most(compiled):

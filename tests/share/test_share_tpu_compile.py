@@ -6,10 +6,6 @@ The compiler runs in a process of its own, since it needs its environment before
 import functools
 import importlib.util
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
@@ -18,13 +14,6 @@ pytestmark = pytest.mark.skipif(
     reason="libtpu is missing: pip install 'jaxgen[tpu-compile]'",
 )
 
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
 DTYPES = ("float32", "bfloat16")
 FUSED = ("forward", "forward resident", "grad_x", "grad_x resident", "grad_pool")
@@ -33,15 +22,8 @@ AWKWARD = ("few rows", "many rows", "small tiles", "wide tiles", "mapped", "larg
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    root = pathlib.Path(__file__).parents[2]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | ENVIRONMENT
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.getenv("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def compiled(compiled_for_tpu):
+    return compiled_for_tpu(__file__)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

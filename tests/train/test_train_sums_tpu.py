@@ -6,12 +6,7 @@ It runs in a process of its own, since it needs its environment before jax start
 
 import importlib.util
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -23,33 +18,14 @@ pytestmark = [
     ),
 ]
 
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
 MESHES = ("data=8", "data=4,fsdp=2")
 # What crosses the chips: name of the operation and the types of its results.
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|reduce-scatter|all-gather|all-to-all)(?:-start)?\(")
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    root = pathlib.Path(__file__).parents[2]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | ENVIRONMENT
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.getenv("PYTHONPATH"))))
-    # One process at a time may hold libtpu on a machine.
-    for _ in range(60):
-        done = subprocess.run(
-            [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode == 0 or "lockfile" not in done.stderr:
-            break
-        time.sleep(5)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def compiled(compiled_for_tpu):
+    return compiled_for_tpu(__file__)
 
 
 def dtypes(found, *names):
