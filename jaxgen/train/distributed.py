@@ -29,9 +29,12 @@ __all__ = [
     "agree",
     "barrier",
     "choose",
+    "everywhere",
+    "first",
     "initialize",
     "is_lost",
     "join_errors",
+    "leave",
     "part",
 ]
 

@@ -37,7 +37,7 @@ from jaxgen.train.signals import Signals
 from jaxgen.train.state import TrainState
 from jaxgen.train.step import Metrics
 
-__all__ = ["Diverged", "Interrupted", "fit"]
+__all__ = ["Diverged", "Interrupted", "check_mesh", "fit"]
 
 Batches = Callable[[int], Iterable[Any]] | Iterable[Any]
 _AHEAD = 4

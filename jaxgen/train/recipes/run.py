@@ -141,7 +141,11 @@ def prepare(config: ScoreConfig, *, reschedule: bool = False) -> Experiment:
 
 
 def make_experiment(config: ScoreConfig) -> Experiment:
-    """The experiment of a configuration, its data loaded; see ``prepare``."""
+    """The experiment of a configuration, its data loaded; its folder is not looked at.
+
+    Raises:
+      DataError, ConfigError: the data or a setting cannot be used.
+    """
     if config.process == "absorbing":
         text = load_for(config, LENGTH if config.length is None else config.length)
         return build_text(resolve(config, text.train.event), text.vocabulary, text)
